@@ -1,0 +1,1 @@
+"""Errors, logging, files and the rank environment: what every layer may use. Never imports torch."""

@@ -1,0 +1,1 @@
+"""ModelSpec and the flat list of named layers that it describes."""
