@@ -1,0 +1,1 @@
+"""The seam to DeepSpeed: the only package, with launch, that imports it."""

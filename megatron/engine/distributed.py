@@ -1,0 +1,78 @@
+"""Start torch.distributed and DeepSpeed's communication on this rank, without compiling anything.
+
+On a CPU DeepSpeed would build a shared-memory C++ extension inside init_distributed (a minute, a lock that a killed build leaves
+behind, and segments in /dev/shm): it is vetoed here. Invariant: after `start_distributed` the five rendezvous variables are set.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import socket
+
+import torch
+import torch.distributed as dist
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+import deepspeed
+import deepspeed.ops
+from deepspeed.runtime.pipe.topology import PipelineParallelGrid
+
+_QUIET = logging.WARNING
+
+
+def local_device() -> torch.device:
+    """This rank's device: its GPU by LOCAL_RANK, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def start_distributed(timeout_s: float = 1800.0) -> torch.device:
+    """Join the job that the environment describes (one process alone if it describes none); returns this rank's device.
+
+    NCCL where there is CUDA, gloo elsewhere.
+    """
+    device = local_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    logging.getLogger("DeepSpeed").setLevel(_QUIET)
+    veto_cpp_communication()
+    if not dist.is_initialized():
+        _default_environment()
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(seconds=timeout_s)
+        )
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False, verbose=False)
+    _complete_grid()
+    return device
+
+
+def stop_distributed() -> None:
+    """Leave the job; silent where there is none."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def veto_cpp_communication() -> None:
+    """Keep DeepSpeed from building its shared-memory extension (deepspeed.ops probes lazily, hence the first line)."""
+    deepspeed.ops.__compatible_ops__  # noqa: B018
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _default_environment() -> None:
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in alone.items():
+        os.environ.setdefault(name, value)
+    if "MASTER_PORT" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+
+
+def _complete_grid() -> None:
+    # DeepSpeed 0.19.8's grid lacks a method that its own activation checkpointing asks for.
+    if not hasattr(PipelineParallelGrid, "get_tensor_model_parallel_group"):
+        PipelineParallelGrid.get_tensor_model_parallel_group = PipelineParallelGrid.get_slice_parallel_group

@@ -1,0 +1,80 @@
+"""What the engine needs to know, as plain values, and DeepSpeed's dictionary made from it.
+
+Not here: reading a YAML (megatron.engine.setup). Invariant: the dictionary never makes DeepSpeed compile an extension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+Precision = Literal["fp32", "fp16", "bfloat16"]
+LossNormalization = Literal["micro_batch", "tokens"]
+
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bfloat16": torch.bfloat16}
+
+# No stage below 1: DeepSpeed's stage 0 clips by a wrong norm under pipelining and never scales the fp16 loss.
+LEAST_ZERO_STAGE = 1
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Batch sizes per rank, precision, clipping, ZeRO and the pass-through blocks.
+
+    Units: reduce_bucket_size in elements. `zero` holds the user's further zero_optimization entries.
+    """
+
+    micro_batch_size: int
+    num_micro_batches: int
+    precision: Precision = "fp32"
+    fp16: Mapping[str, Any] = field(default_factory=dict)
+    gradient_clipping: float = 1.0
+    zero_stage: int = 1
+    zero: Mapping[str, Any] = field(default_factory=dict)
+    loss_normalization: LossNormalization = "micro_batch"
+    partition_method: str = "parameters"
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of weights and activations."""
+        return DTYPES[self.precision]
+
+
+def deepspeed_config(options: EngineOptions, dp_size: int, num_parameters: int) -> dict[str, Any]:
+    """DeepSpeed's configuration dictionary for these options.
+
+    num_parameters: elements on this rank, to keep communication buckets no larger than what they carry.
+    """
+    stage = max(LEAST_ZERO_STAGE, options.zero_stage)
+    # DeepSpeed allocates whole buckets; its default of 5e8 elements would be most of a small machine's memory.
+    bucket = max(1, min(500_000_000, num_parameters))
+    zero = {
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+        "contiguous_gradients": False,
+        "overlap_comm": False,
+        **options.zero,
+        "stage": stage,
+    }
+    config: dict[str, Any] = {
+        "train_batch_size": options.micro_batch_size * options.num_micro_batches * dp_size,
+        "train_micro_batch_size_per_gpu": options.micro_batch_size,
+        "gradient_accumulation_steps": options.num_micro_batches,
+        "gradient_clipping": options.gradient_clipping,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+        **options.extra,
+    }
+    if options.precision == "bfloat16":
+        # The default accumulates gradients in bf16, which loses small micro-batch contributions.
+        config["bf16"] = {"enabled": True}
+        config.setdefault("data_types", {"grad_accum_dtype": "fp32"})
+    elif options.precision == "fp16":
+        config["fp16"] = {**options.fp16, "enabled": True}
+    return config

@@ -1,0 +1,158 @@
+"""One optimizer step over DeepSpeed, the same from outside whether there are pipeline stages or not.
+
+The engine owns the scaling of the loss: DeepSpeed divides by the number of micro-batches and averages over the data-parallel
+ranks; `loss_denominators` makes that the normalisation that was asked for. Not here: when to step, save or validate
+(megatron.training). Invariant: every method is collective over all ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.pipe.topology import PipelineParallelGrid
+
+from megatron.data.loader import Batch
+from megatron.engine.modules import LossModule, StagedModule, deepspeed_topology, public_names
+from megatron.engine.options import EngineOptions, LossNormalization, deepspeed_config
+from megatron.model.build import Transformer
+from megatron.model.init import initialize_parameters
+from megatron.model.spec import ModelSpec
+from megatron.parallel.process_groups import ProcessGroups
+
+OptimizerFactory = Callable[[list[tuple[str, torch.nn.Parameter]]], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step reports; equal on all ranks.
+
+    loss: mean over micro-batches and data-parallel ranks, in nats per token. grad_norm: before clipping.
+    is_skipped: the optimizer did not move, because fp16 gradients overflowed.
+    """
+
+    loss: float
+    grad_norm: float
+    is_skipped: bool
+    loss_scale: float
+
+
+def loss_denominators(
+    batches: Sequence[Batch], normalization: LossNormalization, groups: ProcessGroups
+) -> list[torch.Tensor]:
+    """What to divide each micro-batch's loss sum by.
+
+    micro_batch (upstream's): the mean over the micro-batch's unmasked tokens; a micro-batch without any counts as loss 0.
+    tokens: after DeepSpeed's own averaging, exactly the mean over all unmasked tokens of the global batch, at any layout.
+    """
+    counts = [batch.loss_mask.sum(dtype=torch.float32) for batch in batches]
+    if normalization == "micro_batch":
+        return [count.clamp(min=1.0) for count in counts]
+    total = torch.stack(counts).sum()
+    if groups.dp is not None:
+        dist.all_reduce(total, group=groups.dp)
+    shares = len(batches) * groups.dp_size
+    return [(total / shares).clamp(min=1.0 / shares)] * len(batches)
+
+
+class TrainEngine:
+    """The model of this rank, its optimizer, and DeepSpeed around both."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        groups: ProcessGroups,
+        options: EngineOptions,
+        optimizer_factory: OptimizerFactory,
+        *,
+        seed: int,
+        device: torch.device,
+        recompute: bool = False,
+    ) -> None:
+        self.spec, self.groups, self.options, self.device = spec, groups, options, device
+        self.is_staged = groups.topology.pp_size > 1
+        with torch.device(device):
+            self.module: LossModule | StagedModule = (
+                StagedModule(spec, groups, partition_method=options.partition_method, recompute=recompute)
+                if self.is_staged
+                else LossModule(Transformer(spec, groups, recompute=recompute))
+            )
+        self.named_parameters = public_names(self.module)
+        initialize_parameters(self.named_parameters, spec, groups, seed)
+        num_parameters = sum(parameter.numel() for _, parameter in self.named_parameters)
+        mpu = None
+        if not self.is_staged and groups.tp_size > 1:
+            mpu = PipelineParallelGrid(topology=deepspeed_topology(groups.topology))
+        self.deepspeed: Any
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=self.module,
+            optimizer=optimizer_factory(self.named_parameters),
+            config=deepspeed_config(options, groups.dp_size, num_parameters),
+            mpu=mpu,
+            dist_init_required=False,
+        )
+
+    def train_step(self, batches: Sequence[Batch], learning_rate: float) -> StepResult:
+        """Forward and backward of every micro-batch, then one optimizer step. Raises nothing on a non-finite loss."""
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = learning_rate
+        skipped_before = self.deepspeed.skipped_steps
+        micro_batches = self._prepare(batches)
+        if self.is_staged:
+            loss = self.deepspeed.train_batch(data_iter=iter(_staged(micro_batches)))
+        else:
+            loss = self._train_plain(micro_batches)
+        norm = self.deepspeed.get_global_grad_norm()
+        return StepResult(
+            loss=float(loss),
+            grad_norm=float("nan") if norm is None else float(norm),
+            is_skipped=self.deepspeed.skipped_steps > skipped_before,
+            loss_scale=float(self.deepspeed.optimizer.loss_scale) if self.options.precision == "fp16" else 1.0,
+        )
+
+    def evaluate(self, batches: Sequence[Batch]) -> float:
+        """The loss of these micro-batches without learning, averaged as in training."""
+        micro_batches = self._prepare(batches)
+        if self.is_staged:
+            result = self.deepspeed.eval_batch(
+                data_iter=iter(_staged(micro_batches)), num_micro_batches=len(micro_batches)
+            )
+            self.module.train()
+            return float(result)
+        self.module.eval()
+        with torch.no_grad():
+            losses = [self.deepspeed(*inputs) for inputs in micro_batches]
+        self.module.train()
+        return float(self._mean(losses))
+
+    def _prepare(self, batches: Sequence[Batch]) -> list[tuple[torch.Tensor, ...]]:
+        moved = [batch.to(self.device) for batch in batches]
+        denominators = loss_denominators(moved, self.options.loss_normalization, self.groups)
+        return [
+            (batch.tokens, batch.labels, batch.loss_mask, denominator)
+            for batch, denominator in zip(moved, denominators, strict=True)
+        ]
+
+    def _train_plain(self, micro_batches: list[tuple[torch.Tensor, ...]]) -> torch.Tensor:
+        losses = []
+        for inputs in micro_batches:
+            loss = self.deepspeed(*inputs)
+            self.deepspeed.backward(loss)
+            self.deepspeed.step()
+            losses.append(loss.detach())
+        return self._mean(losses)
+
+    def _mean(self, losses: list[torch.Tensor]) -> torch.Tensor:
+        mean = torch.stack(losses).mean()
+        if self.groups.dp is not None:
+            dist.all_reduce(mean, group=self.groups.dp)
+            mean /= self.groups.dp_size
+        return mean
+
+
+def _staged(micro_batches: list[tuple[torch.Tensor, ...]]) -> list[tuple[torch.Tensor, tuple[torch.Tensor, ...]]]:
+    return [(tokens, targets) for tokens, *rest in micro_batches for targets in [tuple(rest)]]

@@ -1,0 +1,137 @@
+"""The flat list of named layers: the single definition of their order, used by the pipeline and by the plain module alike.
+
+Invariant: a parameter's public name is its layer's name, a dot, and its name within the layer, at every layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from megatron.model.init import initialize_parameters
+from megatron.model.layers import (
+    Head,
+    KeyValueStore,
+    Norm,
+    PositionEmbedding,
+    TransformerBlock,
+    WordEmbedding,
+    project,
+)
+from megatron.model.spec import ModelSpec
+from megatron.ops.rotary import RotaryTable
+from megatron.parallel.collectives import gather_last_dim
+from megatron.parallel.process_groups import ProcessGroups
+
+WORD_EMBEDDING = "embedding.word_embeddings"
+POSITION_EMBEDDING = "embedding.position_embeddings"
+HEAD = "head"
+
+
+@dataclass(frozen=True)
+class NamedLayer:
+    """One entry of the list: the public name, and how to make the module (weights not yet filled)."""
+
+    name: str
+    kind: type[nn.Module]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def build(self) -> nn.Module:
+        """Make the module on the default device."""
+        return self.kind(*self.args, **self.kwargs)
+
+
+def layer_list(spec: ModelSpec, groups: ProcessGroups, *, recompute: bool = False) -> list[NamedLayer]:
+    """All layers from tokens to hidden states, and the head's weight unless it is the embedding's.
+
+    `recompute` makes blocks keep only their input and run again in the backward pass.
+    Raises ValueError if heads do not divide over the tensor-parallel ranks.
+    """
+    if spec.num_kv_heads % groups.tp_size or spec.ffn_size % groups.tp_size:
+        raise ValueError(
+            f"{spec.num_kv_heads} kv heads and {spec.ffn_size} MLP features do not divide over {groups.tp_size} ranks"
+        )
+    rotary = RotaryTable(spec.rotary_dims, spec.rotary_base) if spec.position == "rotary" else None
+    layers = [NamedLayer(WORD_EMBEDDING, WordEmbedding, (spec, groups))]
+    if spec.position == "learned":
+        layers.append(NamedLayer(POSITION_EMBEDDING, PositionEmbedding, (spec,)))
+    layers += [
+        NamedLayer(f"layers.{index}", TransformerBlock, (spec, groups, rotary), {"recompute": recompute})
+        for index in range(spec.num_layers)
+    ]
+    layers.append(NamedLayer("final_norm", Norm, (spec,)))
+    if not spec.tied_head:
+        layers.append(NamedLayer(HEAD, Head, (spec, groups)))
+    return layers
+
+
+class Transformer(nn.Module):
+    """The whole model in one process (or one tensor-parallel rank): training without stages, inference, conversion.
+
+    `named_parameters()` gives the public names.
+    """
+
+    def __init__(self, spec: ModelSpec, groups: ProcessGroups, *, recompute: bool = False) -> None:
+        super().__init__()
+        self.spec = spec
+        self.groups = groups
+        for layer in layer_list(spec, groups, recompute=recompute):
+            _register(self, layer.name, layer.build())
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        stores: Sequence[KeyValueStore] | None = None,
+    ) -> torch.Tensor:
+        """Hidden states after the final norm.
+
+        Shapes: tokens int64 [B, T]; positions int64 [B, T] or None for 0..T-1; stores, one a block -> [B, T, H].
+        """
+        x = self.get_submodule(WORD_EMBEDDING)(tokens)
+        if self.spec.position == "learned":
+            x = self.get_submodule(POSITION_EMBEDDING)(x, positions)
+        for index, block in enumerate(self.get_submodule("layers").children()):
+            x = block(x, positions, stores[index] if stores is not None else None)
+        return self.get_submodule("final_norm")(x)
+
+    @property
+    def output_weight(self) -> torch.Tensor:
+        """The head's weight [V / tp_size, H]: its own, or the embedding's when tied."""
+        return self.get_parameter(f"{WORD_EMBEDDING if self.spec.tied_head else HEAD}.weight")
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits over the real vocabulary, whole on every tensor-parallel rank. Shapes: [..., H] -> [..., vocab_size]."""
+        local = project(hidden, self.output_weight, self.groups)
+        return gather_last_dim(local, self.groups.tp)[..., : self.spec.vocab_size]
+
+
+def build_model(
+    spec: ModelSpec,
+    groups: ProcessGroups | None = None,
+    *,
+    seed: int | None = None,
+    recompute: bool = False,
+    device: torch.device | str = "cpu",
+) -> Transformer:
+    """A Transformer on `device` in fp32, filled with initial values of `seed`, or left empty (to be loaded) without one."""
+    groups = groups or ProcessGroups.single()
+    with torch.device(device):
+        model = Transformer(spec, groups, recompute=recompute)
+    if seed is not None:
+        initialize_parameters(model.named_parameters(), spec, groups, seed)
+    return model
+
+
+def _register(root: nn.Module, dotted: str, module: nn.Module) -> None:
+    *parents, leaf = dotted.split(".")
+    for name in parents:
+        if name not in dict(root.named_children()):
+            root.add_module(name, nn.Module())
+        root = root.get_submodule(name)
+    root.add_module(leaf, module)

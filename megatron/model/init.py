@@ -1,0 +1,73 @@
+"""Which parameter starts from which distribution.
+
+The draw itself, the same at every layout, is megatron.parallel.init's. Sources: normal and scaled_normal, Megatron-LM (arXiv
+1909.08053, section 3, after GPT-2); small_init, Nguyen & Salazar 2019 (arXiv 1910.05895, section 2.2); wang_init, Wang &
+Komatsuzaki 2021, as used for GPT-J and GPT-NeoX-20B (arXiv 2204.06745, section 2.1); xavier, Glorot & Bengio 2010 (equation 16);
+orthogonal, Saxe et al. 2013 (arXiv 1312.6120).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+
+from megatron.model.spec import ModelSpec
+from megatron.parallel.init import fill_from
+from megatron.parallel.process_groups import ProcessGroups
+
+Draw = Callable[[torch.Tensor, torch.Generator], None]
+
+
+def _normal(std: float) -> Draw:
+    return lambda tensor, generator: torch.nn.init.normal_(tensor, 0.0, std, generator=generator) and None
+
+
+def draw_method(name: str, spec: ModelSpec) -> Draw:
+    """The function that fills a logical tensor in place for the key `init_method` or `output_layer_init_method`.
+
+    Raises ValueError for a name that is not among upstream's.
+    """
+    layers, hidden = spec.num_layers, spec.hidden_size
+    scaled_std = spec.init_std / math.sqrt(2.0 * layers)
+    methods: dict[str, Draw] = {
+        "normal": _normal(spec.init_std),
+        "scaled_normal": _normal(scaled_std),
+        "single_residual_scaled_normal": _normal(spec.init_std / math.sqrt(layers)),
+        "small_init": _normal(math.sqrt(2.0 / (5.0 * hidden))),
+        "wang_init": _normal(2.0 / layers / math.sqrt(hidden)),
+        "xavier_uniform": lambda t, g: nn.init.xavier_uniform_(t, generator=g) and None,
+        "xavier_normal": lambda t, g: nn.init.xavier_normal_(t, generator=g) and None,
+        "orthogonal": lambda t, g: nn.init.orthogonal_(t, gain=1.0, generator=g) and None,
+        "scaled_orthogonal": lambda t, g: nn.init.orthogonal_(t, gain=1.0 / math.sqrt(2.0 * layers), generator=g) and None,
+    }
+    if name not in methods:
+        raise ValueError(f"init method {name!r} is not one of {', '.join(sorted(methods))}")
+    return methods[name]
+
+
+def is_residual_output(name: str) -> bool:
+    """Whether a weight writes into the residual stream, and so is drawn by `output_layer_init_method`."""
+    return name.endswith(("attention.dense.weight", "mlp.linear2.weight"))
+
+
+@torch.no_grad()
+def initialize_parameters(
+    parameters: Iterable[tuple[str, nn.Parameter]], spec: ModelSpec, groups: ProcessGroups, seed: int
+) -> None:
+    """Fill every named parameter: matrices by the spec's methods, biases with 0, norm weights with 1.
+
+    Parallel: each rank fills its own shard; the logical tensors depend on the seed and the names alone.
+    """
+    inner = draw_method(spec.init_method, spec)
+    outer = draw_method(spec.output_init_method, spec)
+    for name, parameter in parameters:
+        if name.endswith(".bias"):
+            parameter.fill_(0.0)
+        elif parameter.dim() == 1:
+            parameter.fill_(1.0)
+        else:
+            draw = outer if is_residual_output(name) else inner
+            fill_from(parameter, name, draw, seed=seed, tp_rank=groups.tp_rank, tp_size=groups.tp_size)

@@ -1,0 +1,1 @@
+"""What a run minimises. Each objective gives a sum and a count; only the engine rescales."""
