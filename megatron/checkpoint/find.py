@@ -1,0 +1,113 @@
+"""Which checkpoint folder to load.
+
+It reads names and manifests, no tensors, and changes nothing on the disk. Invariant: a folder without a whole
+manifest, or with a file missing or cut short, is never returned.
+
+The newest is the one that `latest` names, as people and tools may set it; but a save that was stopped after it had
+published its folder and before it had moved `latest` left the file `.publishing` behind, and then that folder is the
+newest. Where neither names a complete one, the most recently written complete one is taken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron.checkpoint import manifest as manifests
+from megatron.common.errors import CheckpointError
+
+LATEST = "latest"
+PUBLISHING = ".publishing"
+_STEP_FOLDER = re.compile(r"global_step(\d+)(\.replaced)?")
+
+
+@dataclass(frozen=True)
+class CheckpointPath:
+    """A complete checkpoint. notes: one sentence for each better candidate that was passed over, and why."""
+
+    folder: Path
+    step: int
+    manifest: dict[str, Any]
+    notes: tuple[str, ...] = ()
+
+
+def step_folder(root: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return root / f"global_step{step}"
+
+
+def step_folders(root: Path) -> dict[int, Path]:
+    """Every folder of `root` that bears a checkpoint's name, complete or not.
+
+    A save that replaces a checkpoint of the same step moves the old one to `.replaced` for a moment; it stands in if
+    the new one has not arrived.
+    """
+    found: dict[int, Path] = {}
+    if root.is_dir():
+        for path in sorted(root.iterdir(), reverse=True):
+            match = _STEP_FOLDER.fullmatch(path.name)
+            if match and path.is_dir():
+                found[int(match.group(1))] = path
+    return found
+
+
+def complete(root: Path) -> tuple[list[CheckpointPath], list[str]]:
+    """(complete checkpoints, most recently written first; a sentence for each folder that is not complete)."""
+    found, notes = [], []
+    for step, folder in step_folders(root).items():
+        try:
+            found.append(CheckpointPath(folder, step, manifests.load(folder)))
+        except CheckpointError as error:
+            notes.append(str(error))
+    found.sort(key=lambda checkpoint: -checkpoint.manifest["created_ns"])
+    return found, notes
+
+
+def candidates(root: str | Path, step: int | None = None) -> list[CheckpointPath]:
+    """The complete checkpoints to try, best first, at least one. Arguments and Raises as `find`."""
+    root = Path(root)
+    if (root / manifests.MANIFEST).is_file():
+        manifest = manifests.load(root)
+        return [CheckpointPath(root, manifest["step"], manifest)]
+    if step is not None:
+        folder = step_folders(root).get(step)
+        if folder is None:
+            there = ", ".join(map(str, sorted(step_folders(root)))) or "none"
+            raise CheckpointError(
+                f"{root} holds no checkpoint of step {step}; steps there: {there}. Choose one of them."
+            )
+        return [CheckpointPath(folder, step, manifests.load(folder))]
+    found, notes = complete(root)
+    if not found:
+        if notes:
+            raise CheckpointError(
+                f"{root} holds no complete checkpoint:\n  " + "\n  ".join(notes) + "\nPoint to another folder."
+            )
+        what = "does not exist" if not root.exists() else "holds no checkpoint (no global_step* folder)"
+        raise CheckpointError(f"{root} {what}. Train and save one there first, or point to the folder that holds one.")
+    latest, publishing = _pointed(root, LATEST), _pointed(root, PUBLISHING)
+    found.sort(key=lambda checkpoint: checkpoint.step != latest)
+    # Not a `.replaced` folder of that step: the new one it made way for never arrived.
+    found.sort(key=lambda checkpoint: checkpoint.folder.name != f"global_step{publishing}")
+    if latest is not None and latest not in [checkpoint.step for checkpoint in found]:
+        notes.append(f"{root / LATEST} names step {latest}, which is not complete")
+    first = found[0]
+    return [CheckpointPath(first.folder, first.step, first.manifest, tuple(notes)), *found[1:]]
+
+
+def find(root: str | Path, step: int | None = None) -> CheckpointPath:
+    """The newest complete checkpoint under `root`, or the one of `step`; `root` may also be a checkpoint folder itself.
+
+    Raises: CheckpointError if there is none, saying what is there instead.
+    """
+    return candidates(root, step)[0]
+
+
+def _pointed(root: Path, pointer: str) -> int | None:
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        match = _STEP_FOLDER.fullmatch((root / pointer).read_text().strip())
+        return int(match.group(1)) if match else None
+    return None

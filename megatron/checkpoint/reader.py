@@ -1,0 +1,236 @@
+"""Reading a checkpoint at any layout, from one process or many, without a process group.
+
+The files are memory mapped and only the pages that a request touches are read. It builds no model and no optimizer.
+Invariant: what is returned for (name, kind, layout) does not depend on the layout that wrote the checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import zlib
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron.checkpoint import manifest as manifests
+from megatron.checkpoint.find import CheckpointPath, candidates
+from megatron.checkpoint.layout import blocks, copy_overlap, fold
+from megatron.checkpoint.piece import DTYPES, checksum
+from megatron.common.errors import CheckpointError
+from megatron.parallel.sharding import ShardSpec
+
+
+class Reader:
+    """One complete checkpoint folder. `step`, `state`, `software` and `created` are what its manifest says."""
+
+    def __init__(self, folder: str | Path | CheckpointPath) -> None:
+        """Raises: CheckpointError if the folder is not complete (manifest, files and their sizes)."""
+        if isinstance(folder, CheckpointPath):
+            self.folder, self._manifest = folder.folder, folder.manifest
+        else:
+            self.folder = Path(folder)
+            self._manifest = manifests.load(self.folder)
+        self.step: int = self._manifest["step"]
+        self.state: dict[str, Any] = self._manifest["state"]
+        self.software: dict[str, str] = self._manifest["software"]
+        self.created: str = self._manifest["created"]
+        self._mapped: dict[int, torch.Tensor] = {}
+
+    def names(self, kind: str = "weight") -> list[str]:
+        """The tensors of which this kind is stored."""
+        return [name for name, tensor in self._manifest["tensors"].items() if kind in tensor["kinds"]]
+
+    def kinds(self, name: str) -> list[str]:
+        """The kinds stored of one tensor."""
+        return list(self._tensor(name)["kinds"])
+
+    def spec(self, name: str) -> ShardSpec:
+        """Logical shape and sharded dimension of a tensor."""
+        tensor = self._tensor(name)
+        return ShardSpec(tuple(tensor["shape"]), tensor["dim"])
+
+    def dtype(self, name: str, kind: str = "weight") -> torch.dtype:
+        """The type in which a tensor is stored."""
+        return DTYPES[self._kind(name, kind)["dtype"]]
+
+    def source_files(self) -> dict[str, str]:
+        """The configuration sources that the run was started from, by name."""
+        folder = self.folder / manifests.CONFIGS
+        return {name: (folder / name).read_bytes().decode() for name in self._manifest["configs"]}
+
+    def read(
+        self, name: str, kind: str = "weight", *, rows: int | None = None, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """The whole logical tensor. `rows` and `dtype` as in `read_shard`.
+
+        Shapes: the logical shape, with `rows` in place of its first dimension where given.
+        """
+        spec = self._target_spec(name, rows)
+        flat = self.read_shard(name, kind, 0, 1, rows=rows, dtype=dtype)
+        return flat.view(spec.logical_shape)
+
+    def read_shard(
+        self,
+        name: str,
+        kind: str,
+        tp_rank: int,
+        tp_size: int,
+        start: int = 0,
+        stop: int | None = None,
+        *,
+        rows: int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        """The elements [start, stop) of the flattened shard `tp_rank` of `tp_size`, in memory of its own.
+
+        rows: the first logical dimension that the caller has, where its vocabulary is padded otherwise; rows beyond the
+        stored ones are zero. dtype: convert while copying.
+        Shapes: [stop - start]. Raises: CheckpointError for an unknown tensor or a shape that cannot be had.
+        """
+        spec, stored = self._target_spec(name, rows), self.spec(name)
+        entry = self._kind(name, kind)
+        try:
+            size = spec.shard_numel(tp_size)
+        except ValueError as error:
+            raise CheckpointError(f"{name} in {self.folder}: {error}. Use another model_parallel_size.") from error
+        stop = size if stop is None else stop
+        if not 0 <= start <= stop <= size:
+            raise CheckpointError(f"{name}: elements {start} to {stop} were asked of a shard of {size}")
+        is_extended = math.prod(spec.logical_shape) > math.prod(stored.logical_shape)
+        make = torch.zeros if is_extended else torch.empty
+        target = make(stop - start, dtype=dtype or DTYPES[entry["dtype"]])
+        wanted = blocks(spec, tp_rank, tp_size, start, stop)
+        for file, source_rank, piece_start, piece_stop, offset, _ in entry["pieces"]:
+            held = blocks(stored, source_rank, entry["tp_size"], piece_start, piece_stop)
+            source = self._bytes(file, offset, (piece_stop - piece_start) * DTYPES[entry["dtype"]].itemsize)
+            typed = source.view(DTYPES[entry["dtype"]])
+            for block in wanted:
+                for other in held:
+                    copy_overlap(target, block, typed, other)
+        return target
+
+    def rank_tensors(self, rank: int) -> dict[str, torch.Tensor]:
+        """The small tensors that a rank of the writing run saved for itself; empty if there was no such rank."""
+        all_ranks = self._manifest["rank_tensors"]
+        found = {}
+        for entry in all_ranks[rank] if rank < len(all_ranks) else []:
+            dtype = DTYPES[entry["dtype"]]
+            data = self._bytes(rank, entry["offset"], math.prod(entry["shape"]) * dtype.itemsize)
+            if zlib.crc32(data.numpy().data) != entry["crc32"]:
+                raise CheckpointError(f"{self._path(rank)}: {entry['name']} is damaged")
+            found[entry["name"]] = data.view(dtype).view(entry["shape"]).clone()
+        return found
+
+    def verify(self, kinds: Collection[str] | None = None, part: int = 0, parts: int = 1) -> None:
+        """Compare the stored bytes with their checksums; several processes may each take a part of the work.
+
+        kinds: only pieces of these kinds; None is everything in the folder.
+        Raises: CheckpointError naming the damaged file and the tensor in it.
+        """
+        for number, (file, entry) in enumerate(enumerate(self._manifest["files"])):
+            if number % parts == part:
+                header = self._bytes(file, 0, entry["header_bytes"])
+                self._compare(header, entry["header_crc32"], file, "its header")
+        work = [
+            (file, offset, (stop - start) * DTYPES[kind["dtype"]].itemsize, crc32, f"tensor {name} ({kind_name})")
+            for name, tensor in self._manifest["tensors"].items()
+            for kind_name, kind in tensor["kinds"].items()
+            if kinds is None or kind_name in kinds
+            for file, _, start, stop, offset, crc32 in kind["pieces"]
+        ]
+        for file, offset, size, crc32, what in work[part::parts]:
+            self._compare(self._bytes(file, offset, size), crc32, file, what)
+        for rank in range(part, len(self._manifest["rank_tensors"]), parts):
+            self.rank_tensors(rank)
+        for name, crc32 in self._manifest["configs"].items() if part == 0 else ():
+            path = self.folder / manifests.CONFIGS / name
+            try:
+                data = path.read_bytes()
+            except OSError as error:
+                raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+            if zlib.crc32(data) != crc32:
+                raise CheckpointError(f"{path} is damaged: its checksum does not fit its content")
+
+    def _compare(self, data: torch.Tensor, crc32: int, file: int, what: str) -> None:
+        if checksum(data.numpy().data) != crc32:
+            raise CheckpointError(f"{self._path(file)} is damaged: the checksum of {what} does not fit its content")
+
+    def _target_spec(self, name: str, rows: int | None) -> ShardSpec:
+        spec = self.spec(name)
+        if rows is None or rows == spec.logical_shape[0]:
+            return spec
+        used = self._tensor(name).get("used_rows")
+        if used is None or rows < used or fold(spec)[0] != 1:
+            need = f"at least {used} rows" if used is not None else f"exactly {spec.logical_shape[0]} rows"
+            raise CheckpointError(f"{name} in {self.folder} needs {need}, the model has {rows}")
+        return ShardSpec((rows, *spec.logical_shape[1:]), spec.dim)
+
+    def _tensor(self, name: str) -> dict[str, Any]:
+        try:
+            tensor: dict[str, Any] = self._manifest["tensors"][name]
+        except KeyError:
+            raise CheckpointError(f"{self.folder} holds no tensor {name}: it is of another model") from None
+        return tensor
+
+    def _kind(self, name: str, kind: str) -> dict[str, Any]:
+        kinds = self._tensor(name)["kinds"]
+        if kind not in kinds:
+            raise CheckpointError(f"{self.folder} holds no {kind} of {name}, only {', '.join(kinds)}")
+        entry: dict[str, Any] = kinds[kind]
+        return entry
+
+    def _path(self, file: int) -> Path:
+        return self.folder / self._manifest["files"][file]["name"]
+
+    def _bytes(self, file: int, offset: int, size: int) -> torch.Tensor:
+        if file not in self._mapped:
+            path, total = self._path(file), self._manifest["files"][file]["bytes"]
+            manifests.check_size(path, total)  # a mapping of a file that was cut short since would end the process
+            self._mapped[file] = torch.from_file(str(path), shared=False, size=total, dtype=torch.uint8)
+        return self._mapped[file][offset : offset + size]
+
+
+def open_checkpoint(
+    root: str | Path,
+    step: int | None = None,
+    *,
+    kinds: Collection[str] | None = None,
+    part: int = 0,
+    parts: int = 1,
+    agree: Callable[[bool], bool] = lambda ok: ok,
+    report: Callable[[str], None] = lambda note: print(note, file=sys.stderr),
+) -> Reader:
+    """The newest checkpoint under `root` whose checksums hold, or exactly the one of `step`.
+
+    A damaged one is passed over for the one before it, and `report` says so; a damaged one of `step` is an error.
+    kinds: verify only what will be read (generation needs "weight"). part, parts, agree: processes that open the same
+    folder together share the verification and come to the same choice; `agree` as in `save`.
+    Raises: CheckpointError if nothing can be loaded, with the reason for each.
+    """
+    found: list[CheckpointPath] = []
+    problem: CheckpointError | None = None
+    try:
+        found = candidates(root, step)
+    except CheckpointError as error:
+        problem = error
+    if not agree(problem is None):
+        raise problem or CheckpointError(f"another rank cannot see the checkpoints in {root}: use shared storage")
+    reasons = list(found[0].notes)
+    for candidate in found:
+        problem = None
+        try:
+            reader = Reader(candidate)
+            reader.verify(kinds, part, parts)
+        except CheckpointError as error:
+            problem = error
+        if agree(problem is None):
+            for note in reasons:
+                report(f"warning: {note}; loading {candidate.folder} instead")
+            return reader
+        reasons.append(str(problem) if problem else f"{candidate.folder} is damaged, see another rank's message")
+        if problem is not None:
+            report(f"warning: {problem}")
+    raise CheckpointError(f"{root} holds no undamaged checkpoint:\n  " + "\n  ".join(reasons))
