@@ -24,6 +24,9 @@ from megatron.model.init import initialize_parameters
 from megatron.model.spec import ModelSpec
 from megatron.parallel.process_groups import ProcessGroups
 
+# What DeepSpeed's DynamicLossScaler changes as it goes.
+_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
 OptimizerFactory = Callable[[list[tuple[str, torch.nn.Parameter]]], torch.optim.Optimizer]
 
 
@@ -42,21 +45,21 @@ class StepResult:
 
 
 def loss_denominators(
-    batches: Sequence[Batch], normalization: LossNormalization, groups: ProcessGroups
+    masks: Sequence[torch.Tensor], normalization: LossNormalization, groups: ProcessGroups
 ) -> list[torch.Tensor]:
-    """What to divide each micro-batch's loss sum by.
+    """What to divide the loss sum of each micro-batch by, given its loss mask.
 
     micro_batch (upstream's): the mean over the micro-batch's unmasked tokens; a micro-batch without any counts as loss 0.
     tokens: after DeepSpeed's own averaging, exactly the mean over all unmasked tokens of the global batch, at any layout.
     """
-    counts = [batch.loss_mask.sum(dtype=torch.float32) for batch in batches]
+    counts = [mask.sum(dtype=torch.float32) for mask in masks]
     if normalization == "micro_batch":
         return [count.clamp(min=1.0) for count in counts]
     total = torch.stack(counts).sum()
     if groups.dp is not None:
         dist.all_reduce(total, group=groups.dp)
-    shares = len(batches) * groups.dp_size
-    return [(total / shares).clamp(min=1.0 / shares)] * len(batches)
+    shares = len(masks) * groups.dp_size
+    return [(total / shares).clamp(min=1.0 / shares)] * len(masks)
 
 
 class TrainEngine:
@@ -129,13 +132,27 @@ class TrainEngine:
         self.module.train()
         return float(self._mean(losses))
 
+    def loss_scale_state(self) -> dict[str, float] | None:
+        """The dynamic loss scale and its counters (fp16), None otherwise."""
+        scaler = getattr(self.deepspeed.optimizer, "loss_scaler", None)
+        if self.options.precision != "fp16" or scaler is None:
+            return None
+        return {name: getattr(scaler, name) for name in _SCALER_FIELDS if hasattr(scaler, name)}
+
+    def restore_loss_scale(self, state: dict[str, float] | None) -> None:
+        """Put back what `loss_scale_state` gave; a run that was not fp16 before starts with a fresh scale."""
+        if state is not None and self.options.precision == "fp16":
+            for name, value in state.items():
+                setattr(self.deepspeed.optimizer.loss_scaler, name, value)
+
     def _prepare(self, batches: Sequence[Batch]) -> list[tuple[torch.Tensor, ...]]:
-        moved = [batch.to(self.device) for batch in batches]
-        denominators = loss_denominators(moved, self.options.loss_normalization, self.groups)
-        return [
-            (batch.tokens, batch.labels, batch.loss_mask, denominator)
-            for batch, denominator in zip(moved, denominators, strict=True)
+        moved = [
+            tuple(tensor.to(self.device, non_blocking=True) for tensor in (batch.tokens, batch.labels, batch.loss_mask))
+            for batch in batches
         ]
+        masks = [loss_mask for _, _, loss_mask in moved]
+        denominators = loss_denominators(masks, self.options.loss_normalization, self.groups)
+        return [(*tensors, denominator) for tensors, denominator in zip(moved, denominators, strict=True)]
 
     def _train_plain(self, micro_batches: list[tuple[torch.Tensor, ...]]) -> torch.Tensor:
         losses = []

@@ -72,11 +72,15 @@ class PositionEmbedding(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.dropout = spec.hidden_dropout
-        self.weight = sharded_parameter((spec.max_positions, spec.hidden_size), None, 1)
+        self.offset = spec.position_offset
+        self.weight = sharded_parameter((spec.max_positions + self.offset, spec.hidden_size), None, 1)
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
         """Shapes: x [B, T, H], positions [B, T] or None for 0..T-1."""
-        vectors = self.weight[: x.shape[1]] if positions is None else F.embedding(positions, self.weight)
+        if positions is None:
+            vectors = self.weight[self.offset : self.offset + x.shape[1]]
+        else:
+            vectors = F.embedding(positions + self.offset, self.weight)
         return F.dropout(x + vectors, self.dropout, self.training)
 
 

@@ -31,6 +31,7 @@ class ModelSpec:
         parallel_tied: x + attn(ln1 x) + mlp(ln1 x) (gpt_j_tied).
     tied_head: the output head shares the embedding's weight (not no_weight_tying).
     activation: gelu | gelu_tanh (bias_gelu_fusion) | relu | silu | geglu | swiglu ...
+    position_offset: first row of the learned position table that is used (opt_pos_emb_offset).
     rotary_dims: leading dimensions of each head that are rotated (int(head_dim * rotary_pct)).
     """
 
@@ -46,6 +47,7 @@ class ModelSpec:
     norm_eps: float = 1e-5
     activation: str = "gelu"
     position: PositionEmbedding = "rotary"
+    position_offset: int = 0
     rotary_dims: int = 0
     rotary_base: float = 10000.0
     residual: Residual = "sequential"

@@ -1,0 +1,1 @@
+"""The run: build its parts, loop over steps, validate, save, stop."""

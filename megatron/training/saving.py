@@ -1,0 +1,189 @@
+"""What a checkpoint of a run says beside its tensors, how it is written, and how a run continues from it.
+
+Not here: the file format (megatron.checkpoint) and where tensors lie in DeepSpeed (megatron.engine.state).
+Invariant: position in the data is the number of consumed samples, so it does not depend on the layout that wrote it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron.checkpoint import Retention, Saved, open_checkpoint, save
+from megatron.checkpoint.reader import Reader
+from megatron.checkpoint.random_state import capture, restore
+from megatron.common.errors import CheckpointError
+from megatron.engine.state import export_pieces, import_optimizer, import_weights, optimizer_steps
+from megatron.engine.train_engine import TrainEngine
+from megatron.model.build import HEAD, WORD_EMBEDDING
+from megatron.model.spec import ModelSpec
+
+# Fields that change what is regularised or how weights start, but not which function the weights mean.
+_FREE_FIELDS = frozenset(
+    {"padded_vocab_size", "attention_dropout", "hidden_dropout", "init_method", "output_init_method", "init_std"}
+)
+
+
+@dataclass
+class Position:
+    """How far a run has come. `step` optimizer steps, `consumed_samples` sequences of the training order."""
+
+    step: int = 0
+    consumed_samples: int = 0
+
+
+@dataclass(frozen=True)
+class SaveOptions:
+    """Where and what to write.
+
+    facts: what must not change silently between saving and resuming, by name (fingerprints of data and tokenizer).
+    about: further JSON values kept for people and tools (schedule, versions of settings).
+    """
+
+    folder: Path | None
+    retention: Retention = field(default_factory=Retention)
+    source_files: Sequence[tuple[str, str]] = ()
+    facts: dict[str, Any] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
+    with_rng: bool = True
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """Where to continue from, and which parts to take."""
+
+    folder: Path | None
+    step: int | None = None
+    allow_fresh_start: bool = False
+    weights_only: bool = False
+    with_optimizer: bool = True
+    with_rng: bool = True
+
+
+def agree(ok: bool, device: torch.device) -> bool:
+    """Whether all ranks are well. Collective; no rank passes before all have come."""
+    verdict = torch.tensor(1 if ok else 0, dtype=torch.int32, device=device)
+    dist.all_reduce(verdict, op=dist.ReduceOp.MIN)
+    return bool(verdict.item())
+
+
+def save_run(engine: TrainEngine, position: Position, options: SaveOptions) -> Saved | None:
+    """Write a checkpoint of this moment; None where the run has no save folder. Collective."""
+    if options.folder is None:
+        return None
+    spec = engine.spec
+    state = {
+        "model_spec": spec.to_dict(),
+        "position": {"step": position.step, "consumed_samples": position.consumed_samples},
+        "optimizer_steps": optimizer_steps(engine),
+        "loss_scale": engine.loss_scale_state(),
+        "layout": {
+            "tp": engine.groups.tp_size,
+            "pp": engine.groups.topology.pp_size,
+            "dp": engine.groups.dp_size,
+            "precision": engine.options.precision,
+        },
+        "facts": options.facts,
+        **options.about,
+    }
+    vocabulary = [WORD_EMBEDDING] if spec.tied_head else [WORD_EMBEDDING, HEAD]
+    return save(
+        options.folder,
+        position.step,
+        export_pieces(engine),
+        state,
+        rank=engine.groups.global_rank,
+        world_size=engine.groups.topology.world_size,
+        agree=lambda ok: agree(ok, engine.device),
+        source_files=options.source_files,
+        rank_tensors=capture() if options.with_rng else None,
+        used_rows={f"{name}.weight": spec.vocab_size for name in vocabulary},
+        retention=options.retention,
+    )
+
+
+def load_run(
+    engine: TrainEngine, options: LoadOptions, facts: dict[str, Any], report: Callable[[str], None]
+) -> Position:
+    """Continue from the newest whole checkpoint in the folder. Collective.
+
+    Returns the position to go on from (zero with `weights_only`, which takes nothing but the weights).
+    Raises: CheckpointError if there is none and a fresh start was not allowed, or if it is of another model or of other data.
+    """
+    if options.folder is None:
+        return Position()
+    if options.allow_fresh_start and not _has_any(options.folder):
+        report(f"no checkpoint in {options.folder} yet: starting from step 0 (allow_fresh_start)")
+        return Position()
+    reader = open_checkpoint(
+        options.folder,
+        options.step,
+        part=engine.groups.global_rank,
+        parts=engine.groups.topology.world_size,
+        agree=lambda ok: agree(ok, engine.device),
+        report=report,
+    )
+    _check_model(reader, engine.spec)
+    import_weights(engine, reader)
+    if options.weights_only:
+        report(f"weights from {reader.folder}; step, optimizer and data start anew (finetune)")
+        return Position()
+    _check_facts(reader, facts)
+    if options.with_optimizer:
+        import_optimizer(engine, reader, reader.state["optimizer_steps"])
+        engine.restore_loss_scale(reader.state["loss_scale"])
+    if options.with_rng:
+        _restore_rng(engine, reader, report)
+    report(f"continuing from {reader.folder}")
+    return Position(**reader.state["position"])
+
+
+def _has_any(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.glob("global_step*"))
+
+
+def _restore_rng(engine: TrainEngine, reader: Reader, report: Callable[[str], None]) -> None:
+    topology, saved = engine.groups.topology, reader.state["layout"]
+    if (saved["tp"], saved["pp"], saved["dp"]) != (topology.tp_size, topology.pp_size, topology.dp_size):
+        report("the layout has changed: random states (dropout) start anew, data order and weights go on exactly")
+        return
+    states = reader.rank_tensors(engine.groups.global_rank)
+    if not states:
+        raise CheckpointError(
+            f"{reader.folder} was saved without random states (no_save_rng). Set no_load_rng: true to go on without."
+        )
+    restore(states)
+
+
+def _check_model(reader: Reader, spec: ModelSpec) -> None:
+    saved = reader.state.get("model_spec", {})
+    mine = spec.to_dict()
+    differing = [
+        f"{name}: checkpoint {saved.get(name)!r}, config {mine.get(name)!r}"
+        for name in sorted({*saved, *mine} - _FREE_FIELDS)
+        if saved.get(name) != mine.get(name)
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{reader.folder} is of another model:\n  " + "\n  ".join(differing) + "\nUse the config it was trained with."
+        )
+
+
+def _check_facts(reader: Reader, facts: dict[str, Any]) -> None:
+    saved = reader.state.get("facts", {})
+    differing = [
+        f"{name}: then {saved[name]!r}, now {facts[name]!r}"
+        for name in sorted(saved.keys() & facts.keys())
+        if saved[name] != facts[name]
+    ]
+    if differing:
+        raise CheckpointError(
+            f"the run has changed since {reader.folder} was written, so its data order cannot be continued:\n  "
+            + "\n  ".join(differing)
+            + "\nPut it back as it was, or set finetune: true to take the weights and start a new run."
+        )
