@@ -76,9 +76,7 @@ def candidates(root: str | Path, step: int | None = None) -> list[CheckpointPath
         folder = step_folders(root).get(step)
         if folder is None:
             there = ", ".join(map(str, sorted(step_folders(root)))) or "none"
-            raise CheckpointError(
-                f"{root} holds no checkpoint of step {step}; steps there: {there}. Choose one of them."
-            )
+            raise CheckpointError(f"{root} holds no checkpoint of step {step}; those there: {there}. Choose one.")
         return [CheckpointPath(folder, step, manifests.load(folder))]
     found, notes = complete(root)
     if not found:

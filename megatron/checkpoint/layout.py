@@ -91,9 +91,7 @@ def check_cover(name: str, spec: ShardSpec, tp_size: int, ranges: Iterable[Seque
             if start > reached:
                 return f"{name}: elements {reached} to {start} of shard {tp_rank} of {shards} are missing"
             if start < reached:
-                return (
-                    f"{name}: elements {start} to {min(stop, reached)} of shard {tp_rank} of {shards} were given twice"
-                )
+                return f"{name}: elements {start} to {min(stop, reached)} of shard {tp_rank} of {shards} came twice"
             reached = stop
         if reached != size:
             what = "are missing" if reached < size else "are beyond its end"

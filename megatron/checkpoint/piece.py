@@ -81,7 +81,9 @@ class Piece:
 
 def host_bytes(tensor: torch.Tensor) -> memoryview:
     """The tensor's bytes in host memory; a copy only where it lies on a device or is not contiguous."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    # A single element counts as contiguous with any stride, but `view` to another type insists on 1.
+    return flat.as_strided(flat.shape, (1,)).view(torch.uint8).numpy().data
 
 
 def checksum(data: memoryview, value: int = 0) -> int:

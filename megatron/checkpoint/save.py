@@ -192,7 +192,7 @@ def _write_configs(folder: Path, source_files: Sequence[tuple[str, str]], disk: 
     if source_files:
         disk.make_directory(folder / manifests.CONFIGS)
         for name, text in source_files:
-            if Path(name).name != name or name in configs:
+            if not name or Path(name).name != name or name in configs:
                 raise CheckpointError(f"source file {name!r} must be a plain name, given once")
             configs[name] = zlib.crc32(text.encode())
             disk.write_file(folder / manifests.CONFIGS / name, [text.encode()])
@@ -232,8 +232,8 @@ def _prune(root: Path, step: int, retention: Retention, disk: Storage) -> list[s
         if retention.keep_last_n is None:
             return warnings
         old = [checkpoint for checkpoint in complete(root)[0] if checkpoint.step != step]
-        prunable = [checkpoint for checkpoint in old if not retention.is_permanent(checkpoint.step)]
-        for checkpoint in prunable[max(retention.keep_last_n, 2) - 1 :]:
+        beyond = old[max(retention.keep_last_n, 2) - 1 :]
+        for checkpoint in (candidate for candidate in beyond if not retention.is_permanent(candidate.step)):
             hidden = root / f".{checkpoint.folder.name}.pruned.tmp"
             disk.rename(checkpoint.folder, hidden)
             disk.remove_tree(hidden)

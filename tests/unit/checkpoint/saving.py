@@ -1,0 +1,84 @@
+"""Helpers: random models, random divisions of them over ranks, and saves by several ranks as threads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+
+from megatron.checkpoint import Piece, Saved, save
+from megatron.parallel.sharding import ShardSpec
+
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
+SPECS = {
+    "embedding": ShardSpec((24, 5), 0),
+    "dense.weight": ShardSpec((7, 12), 1),
+    "dense.bias": ShardSpec((7,)),
+    "stack": ShardSpec((3, 8, 5), 1),
+    "linear.bias": ShardSpec((12,), 0),
+    "scale": ShardSpec(()),
+    "deep": ShardSpec((2, 3, 4), 2),
+}
+
+
+def random_tensors(seed: int, specs: dict[str, ShardSpec] = SPECS) -> dict[tuple[str, str], torch.Tensor]:
+    """A tensor for every (name, kind)."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        (name, kind): torch.randn(spec.logical_shape, generator=generator)
+        for name, spec in specs.items()
+        for kind in KINDS
+    }
+
+
+def cut(
+    tensors: dict[tuple[str, str], torch.Tensor],
+    specs: dict[str, ShardSpec],
+    tp_size: int,
+    holders: int,
+    seed: int,
+) -> list[list[Piece]]:
+    """Divide every shard at arbitrary points and deal the fragments to `holders` ranks, replicas on top."""
+    random = Random(seed)
+    dealt: list[list[Piece]] = [[] for _ in range(holders)]
+    for (name, kind), tensor in tensors.items():
+        for tp_rank in range(tp_size):
+            flat = specs[name].take(tensor, tp_rank, tp_size).reshape(-1)
+            cuts = sorted(random.randrange(flat.numel() + 1) for _ in range(random.randrange(4)))
+            for start, stop in zip([0, *cuts], [*cuts, flat.numel()], strict=True):
+                piece = Piece(name, kind, specs[name], tp_rank, tp_size, start, stop, flat[start:stop].clone())
+                random.choice(dealt).append(piece)
+    return dealt
+
+
+def save_with_threads(
+    root: Path, step: int, dealt: list[list[Piece]], run: Callable[..., Saved] = save, **arguments: Any
+) -> list[Any]:
+    """Save with one thread per rank; return each rank's result or the exception it raised."""
+    world_size = len(dealt)
+    votes = [True] * world_size
+    barrier = threading.Barrier(world_size, timeout=30)
+
+    def one(rank: int) -> Any:
+        def agree(ok: bool) -> bool:
+            votes[rank] = ok
+            barrier.wait()
+            result = all(votes)
+            barrier.wait()
+            return result
+
+        try:
+            return run(
+                root, step, dealt[rank], {"by": 0}, rank=rank, world_size=world_size, agree=agree,
+                rank_tensors={"number": torch.tensor([rank])}, **arguments,
+            )  # fmt: skip
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(world_size) as pool:
+        return list(pool.map(one, range(world_size)))
