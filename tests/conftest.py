@@ -1,0 +1,33 @@
+"""Fixtures for every test."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports torch: several test processes share the machine, and each rank is one of them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from tests.pool import RankPool
+
+
+@pytest.fixture(scope="session")
+def rank_pool() -> Iterator[RankPool]:
+    """The warm pool of this pytest process."""
+    pool = RankPool()
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def ranks(rank_pool: RankPool) -> Callable[..., list[Any]]:
+    """`ranks(function, world_size, *args, timeout=60, deepspeed=False)`: each rank's result, see `RankPool.run_ranks`."""
+    return rank_pool.run_ranks
