@@ -1,0 +1,1 @@
+"""Kernels behind plain tensor signatures: attention, norms, rotary positions, activations, chunked cross-entropy."""
