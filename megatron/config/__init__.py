@@ -1,0 +1,7 @@
+"""YAML on disk, one frozen typed object in memory: `load(files, overrides) -> Config`. Never imports torch."""
+
+from megatron.config.files import require_inputs
+from megatron.config.loader import load
+from megatron.config.resolved import Config
+
+__all__ = ["Config", "load", "require_inputs"]

@@ -1,0 +1,250 @@
+"""Values that follow from others: precision, ZeRO stage, model sizes, vocabulary, update rule, schedule.
+
+A set value is never overwritten; where it contradicts what follows from the others, that is a problem. Layout and batch are
+in `layout`. Invariant: after these, no key that the program computes with is left open, unless a problem says why.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from megatron.config.draft import Draft, did_you_mean
+from megatron.config.layout import round_up
+from megatron.config.schema import GATED_ACTIVATIONS
+from megatron.config.schema.base import Block, Float, key
+from megatron.config.schema.execution import Bf16Block, Fp16Block
+from megatron.config.vocabulary import Vocabulary, vocabulary_of
+
+
+class AdamParams(Block):
+    """What `optimizer.params` may hold for Adam."""
+
+    lr: Float = key(0.001, "Peak learning rate.", gt=0)
+    betas: tuple[Float, Float] = key((0.9, 0.999), "Decay rates.")
+    eps: Float = key(1e-8, "Added to the denominator.", ge=0)
+    weight_decay: Float | None = key(None, "The same as the key weight_decay.", ge=0)
+
+
+def derive_precision(draft: Draft) -> None:
+    """One precision out of `precision`, `fp16` and `bf16`; a contradiction names both keys."""
+    asked: dict[str, str] = {}
+    if draft["fp16"] is not None and draft["fp16"].enabled:
+        asked["fp16"] = "fp16"
+    if draft["bf16"] is not None and draft["bf16"].enabled:
+        asked["bf16"] = "bfloat16"
+    if len(asked) == 2:
+        draft.fail(
+            "bf16", f"bf16.enabled and fp16.enabled ({draft.place('fp16')}) are both true. Keep one of the two blocks."
+        )
+    precision = draft["precision"]
+    if precision == "auto":
+        precision = "bfloat16" if draft["device"] == "cuda" else "fp32"
+        if asked and precision not in asked.values():
+            precision = next(iter(asked.values()))
+    for block, meaning in asked.items():
+        if precision not in (None, meaning):
+            draft.fail(
+                "precision",
+                f"precision = {precision} contradicts {block}.enabled ({draft.place(block)}). Remove one of the two.",
+            )
+    for block, meaning in (("fp16", "fp16"), ("bf16", "bfloat16")):
+        if precision == meaning and draft[block] is not None and not draft[block].enabled:
+            draft.fail(
+                "precision",
+                f"precision = {precision} contradicts {block}.enabled = false ({draft.place(block)}). Remove one of the two.",
+            )
+    precision = precision or next(iter(asked.values()), "fp32")
+    if draft["precision"] in (None, "auto"):
+        draft.origins["precision"] = (
+            f"derived from {next(iter(asked), draft['device'] if draft['precision'] else 'the default')}"
+        )
+    draft.values["precision"] = precision
+    if precision == "fp16":
+        draft.derive("fp16", Fp16Block(), "precision")
+    if precision == "bfloat16":
+        draft.derive("bf16", Bf16Block(), "precision")
+
+
+def derive_zero(draft: Draft) -> None:
+    """The stage that runs: at least 1."""
+    block = draft["zero_optimization"]
+    if block is not None and block.stage == 0 and "zero_optimization.stage" in draft.origins:
+        draft.warn("zero_optimization.stage", "ZeRO stage 0 runs as stage 1: the same result with less memory")
+    draft.derive("zero_stage", max(1, block.stage) if block is not None else 1, "zero_optimization.stage")
+
+
+def derive_model(draft: Draft) -> None:
+    """Sizes that follow from the architecture keys."""
+    required = ("num_layers", "hidden_size", "num_attention_heads", "seq_length")
+    missing = [name for name in required if name not in draft.failed and draft[name] is None]
+    for name in missing:
+        draft.problem(name, f"{name} is missing. It has no default; set it.")
+        draft.failed.add(name)
+    draft.derive("num_kv_heads", draft["num_attention_heads"], "num_attention_heads")
+    if draft["max_position_embeddings"] is None:
+        draft.derive("max_position_embeddings", draft["seq_length"], "seq_length")
+
+
+def derive_ffn(draft: Draft) -> None:
+    """The feed-forward width; a gated activation takes two thirds of the asked width, then halves the pair."""
+    hidden, multiple = draft["hidden_size"], draft["mlp_multiple_of"]
+    asked, factor = draft["intermediate_size"], draft["expansion_factor"]
+    if asked is not None and factor is not None:
+        draft.fail(
+            "expansion_factor",
+            f"expansion_factor and intermediate_size ({draft.place('intermediate_size')}) are both set. Keep one.",
+        )
+    width = asked if asked is not None else int(factor * hidden) if factor is not None else 4 * hidden
+    if draft["activation"] in GATED_ACTIVATIONS:
+        pair = int(width * 2 / 3)
+        width, joint = round_up(pair // 2, multiple), round_up(pair, 2 * multiple)
+        if joint != 2 * width:
+            # Upstream builds two matrices that do not fit each other here and fails at the first forward pass.
+            draft.fail(
+                "mlp_multiple_of",
+                f"mlp_multiple_of = {multiple} rounds the gate and up matrices to {joint} columns and the down matrix to "
+                f"{width} rows, which do not fit. For a final width X set intermediate_size: X and mlp_multiple_of: X.",
+            )
+    else:
+        width = round_up(width, multiple)
+    source = (
+        "intermediate_size" if asked is not None else "expansion_factor" if factor is not None else "4 * hidden_size"
+    )
+    draft.derive("ffn_size", width, source)
+
+
+def derive_attention(draft: Draft) -> None:
+    """attention_config as one name per layer."""
+    layers, given = draft["num_layers"], draft["attention_config"]
+    if given is None:
+        draft.derive("attention_config", ["global"] * layers, "num_layers")
+        return
+    kinds: list[str] = []
+    for entry in given:
+        if isinstance(entry, str):
+            kinds.append(entry)
+            continue
+        pattern, count = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
+        if (
+            not isinstance(pattern, list)
+            or not pattern
+            or not (count == "all" or (isinstance(count, int) and count > 0))
+        ):
+            draft.fail(
+                "attention_config",
+                f'attention_config holds {entry}. Each entry is a name, or [[names], count or "all"].',
+            )
+        wanted = layers - len(kinds) if count == "all" else int(str(count)) * len(pattern or ())
+        repeats = -(-wanted // len(pattern or ()))
+        kinds += [str(name) for name in list(pattern or ()) * repeats][:wanted]
+    unknown = sorted({kind for kind in kinds if kind not in ("global", "flash")})
+    if unknown:
+        draft.fail(
+            "attention_config",
+            f"attention_config asks for {', '.join(unknown)}, which does not exist here yet. Use global or flash.",
+        )
+    if len(kinds) != layers:
+        draft.fail(
+            "attention_config",
+            f'attention_config describes {len(kinds)} layers and num_layers = {layers}. Use [[["global"], "all"]].',
+        )
+    draft.values["attention_config"] = kinds
+
+
+def derive_vocabulary(draft: Draft) -> None:
+    """Ids of the tokenizer and rows of the embedding."""
+    kind, file = draft["tokenizer_type"], draft["vocab_file"]
+    try:
+        vocabulary = vocabulary_of(kind, file)
+    except (ValueError, TypeError, KeyError) as error:
+        draft.problem("vocab_file", f"vocab_file = {file} is not a file for {kind}: {error}.")
+        vocabulary = Vocabulary(None)
+    rows, size = draft["padded_vocab_size"], vocabulary.size
+    if size is None:
+        if rows is not None:
+            draft.derive("vocab_size", rows, "padded_vocab_size, as the tokenizer's file is not there")
+            if file is not None and not Path(file).exists():
+                draft.warn(
+                    "vocab_file", f"{file} is not there yet; all {rows} rows of the embedding count as known ids"
+                )
+        return
+    if vocabulary.assumed:
+        draft.warn("vocab_file", f"{file} is not there yet; {size:,} ids are assumed from its name")
+    draft.derive("vocab_size", size, "vocab_file")
+    divisor = draft["make_vocab_size_divisible_by"] * draft["model_parallel_size"]
+    draft.derive("padded_vocab_size", round_up(size, divisor), "the tokenizer and make_vocab_size_divisible_by")
+    if draft["padded_vocab_size"] < size:
+        draft.problem(
+            "padded_vocab_size",
+            f"padded_vocab_size = {rows} is below the tokenizer's {size} ids. Use at least {size}, or remove the key.",
+        )
+
+
+def derive_optimizer(draft: Draft) -> None:
+    """Typed numbers of the update rule out of the `optimizer` block."""
+    block = draft["optimizer"]
+    if block is None:
+        return
+    draft.derive("optimizer_type", block.type, "optimizer.type")
+    if block.type != "adam":
+        return
+    params: dict[str, Any] = dict(block.params)
+    try:
+        adam = AdamParams.model_validate(params)
+    except ValidationError as error:
+        for item in error.errors():
+            name = str(item["loc"][0])
+            if item["type"] == "extra_forbidden":
+                text = f"is no parameter of Adam.{did_you_mean(name, AdamParams.model_fields)} Known: {', '.join(AdamParams.model_fields)}."
+            else:
+                text = f"= {item['input']}: {item['msg']}."
+            draft.problem(f"optimizer.params.{name}", f"optimizer.params.{name} {text}")
+        draft.failed.update({"lr", "betas", "eps"})
+        return
+    for name in ("lr", "betas", "eps"):
+        draft.derive(name, getattr(adam, name), "optimizer.params" if name in params else "the optimizer's default")
+    if adam.weight_decay is not None:
+        if draft.is_given("weight_decay") and draft["weight_decay"] != adam.weight_decay:
+            draft.fail(
+                "optimizer.params.weight_decay",
+                f"optimizer.params.weight_decay = {adam.weight_decay} contradicts weight_decay = {draft['weight_decay']} "
+                f"({draft.place('weight_decay')}). Keep one of the two.",
+            )
+        draft.derive("weight_decay", adam.weight_decay, "optimizer.params.weight_decay")
+    if "lr" not in params:
+        draft.warn("optimizer", "optimizer.params.lr is not set; 0.001 is used")
+
+
+def derive_schedule(draft: Draft) -> None:
+    """Steps until min_lr is reached."""
+    iters, fraction = draft["train_iters"], draft["lr_decay_fraction"]
+    if draft.is_given("lr_decay_iters") and fraction is not None:
+        draft.problem("lr_decay_fraction", "lr_decay_fraction and lr_decay_iters are both set. Keep one of the two.")
+    if iters:
+        steps = max(1, int(iters * fraction)) if fraction is not None else iters
+        draft.derive("lr_decay_iters", steps, "train_iters" if fraction is None else "lr_decay_fraction * train_iters")
+
+
+def derive_generation(draft: Draft) -> None:
+    """Where prompts come from."""
+    if draft["text_gen_type"] is None:
+        draft.derive(
+            "text_gen_type", "input-file" if draft["sample_input_file"] else "unconditional", "sample_input_file"
+        )
+
+
+# Each with the keys that stay unknown where it cannot be finished.
+DERIVATIONS = (
+    (derive_precision, ()),
+    (derive_zero, ("zero_stage",)),
+    (derive_model, ("num_kv_heads", "max_position_embeddings")),
+    (derive_ffn, ("ffn_size",)),
+    (derive_attention, ()),
+    (derive_vocabulary, ("vocab_size", "padded_vocab_size")),
+    (derive_optimizer, ("optimizer_type", "lr", "betas", "eps")),
+    (derive_schedule, ("lr_decay_iters",)),
+    (derive_generation, ("text_gen_type",)),
+)

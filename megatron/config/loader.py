@@ -1,0 +1,194 @@
+"""The one way to a `Config`: read files, merge, check names and types, derive, check rules, freeze.
+
+Opens nothing but the YAML files and, for its size, the tokenizer's. Invariant: either a complete `Config` comes back, or one
+`ConfigError` that lists every problem found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from megatron.common.errors import ConfigError
+from megatron.config.derive import DERIVATIONS
+from megatron.config.draft import Draft, did_you_mean
+from megatron.config.files import require_inputs
+from megatron.config.layout import Machine, derive_batch, derive_world
+from megatron.config.messages import plain_message
+from megatron.config.resolved import Config
+from megatron.config.rules import RULES
+from megatron.config.schema import FIELDS, SECTION_OF, SECTIONS, field_extra
+from megatron.config.source import Source, read_source
+from megatron.config.upstream_keys import EVERY_OTHER_KEY, NO_EFFECT, NOT_YET, NOT_YET_VALUES, SET_BY_PROGRAM
+
+COMMAND_LINE = "command line"
+
+
+def load(
+    files: Iterable[str | Path] = (),
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    conf_dir: str | Path | None = None,
+    devices: int | None = None,
+    planning: bool = False,
+    require_files: bool = False,
+) -> Config:
+    """Read and resolve a configuration.
+
+    files: YAML or JSON files; `.yml` is appended where the suffix is missing. No key may stand in two of them.
+    overrides: key -> value, over what the files say; dots reach into blocks (`optimizer.params.lr`).
+    conf_dir: folder that the file names are relative to.
+    devices: the number of processes, where the caller knows it.
+    planning: accept a layout that is larger than this machine.
+    require_files: also require the tokenizer's file and the datasets to be there (raises DataError).
+
+    Raises: ConfigError listing all problems.
+    """
+    sources = [read_source(find_file(name, conf_dir)) for name in files]
+    problems = [problem for source in sources for problem in source.problems]
+    merged, origins = _merge(sources, problems)
+    _apply_overrides(merged, origins, overrides or {})
+    draft = Draft({}, set(), origins, [source.name for source in sources])
+    draft.problems = problems
+    _sort_names(draft, merged)
+    _coerce(draft, merged)
+    _derive(draft, Machine(devices, planning))
+    for rule in RULES:
+        draft.run(rule)
+    if draft.problems:
+        raise ConfigError("\n".join(draft.problems))
+    config = _freeze(draft, sources)
+    if require_files:
+        require_inputs(config)
+    return config
+
+
+def find_file(name: str | Path, conf_dir: str | Path | None = None) -> Path:
+    """The path of a configuration file. Raises: ConfigError with near names, if it is not there."""
+    path = Path(name)
+    if path.suffix not in (".yml", ".yaml", ".json"):
+        path = path.with_name(path.name + ".yml")
+    if conf_dir is not None:
+        path = Path(conf_dir) / path
+    if path.is_file():
+        return path
+    folder = path.parent if path.parent.is_dir() else Path()
+    names = [entry.name for entry in folder.iterdir() if entry.suffix in (".yml", ".yaml", ".json")]
+    hint = did_you_mean(path.name, names)
+    if not hint and conf_dir is None and (Path("configs") / path).is_file():
+        hint = f" Did you mean {Path('configs') / path}?"
+    raise ConfigError(f"{path}: there is no such configuration file (looked from {Path.cwd()}).{hint}")
+
+
+def _merge(sources: list[Source], problems: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for source in sources:
+        for name, value in source.values.items():
+            # A key that comes from a `<<` merge has no line of its own.
+            line = source.lines.get(name)
+            place = f"{source.name}:{line}" if line else source.name
+            if name in values:
+                problems.append(f"{place}: {name} is also set in {origins[name]}. Keep one of the two.")
+                continue
+            values[name] = value
+            origins[name] = place
+            prefix = f"{name}."
+            origins.update({key: f"{source.name}:{n}" for key, n in source.lines.items() if key.startswith(prefix)})
+    return values, origins
+
+
+def _apply_overrides(values: dict[str, Any], origins: dict[str, str], overrides: Mapping[str, Any]) -> None:
+    for dotted, value in overrides.items():
+        name, *rest = dotted.split(".")
+        name = name.replace("-", "_")
+        if not rest:
+            values[name] = value
+            for key in [key for key in origins if key.startswith(f"{name}.")]:
+                del origins[key]
+            origins[name] = f"{COMMAND_LINE} ({name})"
+            continue
+        block = values[name] = dict(values[name]) if isinstance(values.get(name), dict) else {}
+        for part in rest[:-1]:
+            block[part] = dict(block[part]) if isinstance(block.get(part), dict) else {}
+            block = block[part]
+        block[rest[-1]] = value
+        origins[".".join([name, *rest])] = f"{COMMAND_LINE} ({dotted})"
+        origins.setdefault(name, f"{COMMAND_LINE} ({dotted})")
+
+
+def _sort_names(draft: Draft, values: dict[str, Any]) -> None:
+    """Take out of `values` what is no key of the schema, and say what becomes of it."""
+    idle: dict[str, list[str]] = {}
+    for name in list(values):
+        value = values[name]
+        hint = field_extra(name, "derived") if name in FIELDS else SET_BY_PROGRAM.get(name)
+        if hint is not None:
+            del values[name]
+            instead = f" Set {hint} instead." if hint else " Remove it."
+            draft.problem(name, f"{name} is worked out by the program and cannot be set.{instead}")
+        elif name in NO_EFFECT:
+            del values[name]
+            neutral, reason = NO_EFFECT[name]
+            if value is not None and value != neutral:
+                idle.setdefault(reason, []).append(f"{name} ({draft.place(name)})")
+        elif name in NOT_YET:
+            del values[name]
+            neutral_values, feature = NOT_YET[name]
+            switched_off = isinstance(value, dict) and value.get("enabled") is False
+            if value is not None and value not in neutral_values and not switched_off:
+                draft.problem(name, f"{name} = {value}: {feature} is not supported yet. Remove the key.")
+        elif name not in FIELDS:
+            del values[name]
+            draft.problem(name, f"unknown key {name}.{did_you_mean(name, [*FIELDS, *EVERY_OTHER_KEY])}")
+    for reason, names in idle.items():
+        draft.warnings.append(f"{', '.join(names)}: no effect here, {reason}")
+
+
+def _coerce(draft: Draft, values: dict[str, Any]) -> None:
+    """Bring every value to its declared type, one section at a time; null means unset."""
+    set_values = {name: value for name, value in values.items() if value is not None}
+    for section in SECTIONS.values():
+        mine = {name: value for name, value in set_values.items() if name in section.model_fields}
+        try:
+            typed = section.model_validate(mine)
+        except ValidationError as error:
+            for item in error.errors():
+                dotted = ".".join(
+                    str(part) for part in item["loc"] if not str(part).startswith(("function-", "constrained-"))
+                )
+                draft.problem(dotted, plain_message(dotted, item, section))
+                draft.failed.add(str(item["loc"][0]))
+            typed = section.model_validate({name: value for name, value in mine.items() if name not in draft.failed})
+        draft.values.update({name: getattr(typed, name) for name in section.model_fields})
+        draft.given.update(mine)
+
+
+def _derive(draft: Draft, machine: Machine) -> None:
+    world = ("world_size", "data_parallel_size")
+    draft.run(lambda draft: derive_world(draft, machine), world)
+    draft.run(derive_batch, ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"))
+    for derivation, outputs in DERIVATIONS:
+        draft.run(derivation, outputs)
+    for name, (working, advice) in NOT_YET_VALUES.items():
+        if name not in draft.failed and draft[name] not in working:
+            place = "optimizer.type" if name == "optimizer_type" else name
+            shown = str(draft[name]).lower() if isinstance(draft[name], bool) else draft[name]
+            draft.problem(place, f"{place} = {shown} is not supported yet. {advice}")
+
+
+def _freeze(draft: Draft, sources: list[Source]) -> Config:
+    sections = {
+        title: section.model_construct(**{name: draft[name] for name in section.model_fields})
+        for title, section in SECTIONS.items()
+    }
+    files: dict[str, str] = {}
+    for source in sources:
+        base = Path(source.name).name
+        # Two files of one name in different folders keep their whole paths.
+        files[source.name if base in files else base] = source.text
+    origins = {name: place for name, place in draft.origins.items() if name.split(".")[0] in SECTION_OF}
+    return Config(**sections, files=files, origins=origins, warnings=tuple(draft.warnings))  # type: ignore[arg-type]

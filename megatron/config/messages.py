@@ -1,0 +1,74 @@
+"""pydantic's findings in this project's words: what was given, what is required, what to do.
+
+Invariant: a message names the key, its value and the accepted type or choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel
+
+from megatron.config.draft import did_you_mean
+from megatron.config.schema.base import choices_of
+
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "string": "text",
+    "list": "a list",
+    "dict": "a block of `key: value` lines",
+    "model": "a block of `key: value` lines",
+    "tuple": "a list",
+}
+_BOUNDS = {
+    "greater_than": "above",
+    "greater_than_equal": "at least",
+    "less_than": "below",
+    "less_than_equal": "at most",
+}
+
+
+def plain_message(dotted: str, item: Mapping[str, Any], section: type[BaseModel]) -> str:
+    """One sentence for one finding (an entry of `ValidationError.errors()`) about the key `dotted`."""
+    kind = str(item["type"])
+    context = item.get("ctx") or {}
+    if kind == "extra_forbidden":
+        block, name = dotted.rsplit(".", 1) if "." in dotted else ("", dotted)
+        known = _fields_of(section, block.split("."))
+        return f"unknown key {name} in {block}.{did_you_mean(name, known)} Known: {', '.join(known)}."
+    given = f"{dotted} = {_show(item.get('input'))}"
+    if kind == "literal_error":
+        choices = choices_of(section, dotted) or tuple(str(context.get("expected", "")).replace("'", "").split(", "))
+        return f"{given} is not one of {', '.join(choices)}.{did_you_mean(str(item.get('input')), choices)}"
+    for prefix, word in _BOUNDS.items():
+        if kind == prefix:
+            bound = next(value for name, value in context.items() if name in ("gt", "ge", "lt", "le"))
+            return f"{given} must be {word} {bound:g}."
+    if kind == "value_error":
+        return f"{given}: {context['error']}."
+    if kind == "int_from_float":
+        return f"{given} must be a whole number."
+    for prefix, words in _KINDS.items():
+        if kind.startswith(prefix):
+            return f"{given} must be {words}."
+    return f"{given}: {item['msg']}."
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = f'"{value}"' if isinstance(value, str) else str(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _fields_of(section: type[BaseModel], path: list[str]) -> list[str]:
+    current: type[BaseModel] = section
+    for name in path:
+        field = current.model_fields.get(name)
+        for part in (field.annotation, *getattr(field.annotation, "__args__", ())) if field else ():
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                current = part
+    return list(current.model_fields)

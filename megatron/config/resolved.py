@@ -1,0 +1,155 @@
+"""The finished configuration: frozen sections, where each value came from, and the files it was read from.
+
+Knows no rule. Invariant: `Config.read(path)` after `config.write(path)` gives an equal object, so that every process of a
+run sees the same values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron.common.errors import ConfigError
+from megatron.common.files import atomic_write_text
+from megatron.config.schema import (
+    SECTION_OF,
+    SECTIONS,
+    BatchSection,
+    CheckpointSection,
+    DataSection,
+    DeepSpeedSection,
+    EvaluationSection,
+    GenerationSection,
+    LauncherSection,
+    ModelSection,
+    ObserveSection,
+    OptimizerSection,
+    ParallelSection,
+    PrecisionSection,
+    ScheduleSection,
+    TokenizerSection,
+    TrainingSection,
+    ZeroSection,
+)
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run is asked to do. Sections are frozen; their fields are upstream's keys.
+
+    files: basename -> the file's text as it was, for checkpoints.
+    origins: key -> "file:line", "command line" or "derived from ..."; absent for a default.
+    warnings: what the user should know, each with its place.
+    """
+
+    parallel: ParallelSection
+    batch: BatchSection
+    model: ModelSection
+    tokenizer: TokenizerSection
+    precision: PrecisionSection
+    optimizer: OptimizerSection
+    schedule: ScheduleSection
+    zero: ZeroSection
+    training: TrainingSection
+    data: DataSection
+    checkpoint: CheckpointSection
+    observe: ObserveSection
+    generation: GenerationSection
+    evaluation: EvaluationSection
+    launcher: LauncherSection
+    deepspeed: DeepSpeedSection
+    files: dict[str, str] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    def value(self, key: str) -> Any:
+        """The value of one key. Raises: KeyError for a name that is no key."""
+        return getattr(getattr(self, SECTION_OF[key]), key)
+
+    def origin(self, key: str) -> str:
+        """Where a key's value comes from: "file:line", "command line", "derived from ..." or "default"."""
+        return self.origins.get(key, "default" if key in SECTION_OF else "not set")
+
+    def to_upstream_dict(self) -> dict[str, Any]:
+        """All keys with their resolved values, flat and JSON-ready, under upstream's names."""
+        return {
+            name: value for title in SECTIONS for name, value in getattr(self, title).model_dump(mode="json").items()
+        }
+
+    def write(self, path: str | Path) -> None:
+        """Write the configuration as JSON, in one step."""
+        content = {
+            "format": FORMAT,
+            "sections": {title: getattr(self, title).model_dump(mode="json") for title in SECTIONS},
+            "files": self.files,
+            "origins": self.origins,
+            "warnings": list(self.warnings),
+        }
+        atomic_write_text(path, json.dumps(content, indent=1))
+
+    @classmethod
+    def read(cls, path: str | Path) -> Config:
+        """Read what `write` wrote. Raises: ConfigError if the file is missing or is not such a file."""
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            sections = {
+                title: section.model_validate(content["sections"][title]) for title, section in SECTIONS.items()
+            }
+            assert content["format"] == FORMAT
+            rest = {name: content[name] for name in ("files", "origins")}
+            return cls(**sections, **rest, warnings=tuple(content["warnings"]))  # type: ignore[arg-type]
+        except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+            raise ConfigError(
+                f"{path}: not a resolved configuration of this version ({error}). Give YAML files instead: train.py my.yml"
+            ) from error
+
+    def replace(self, **values: Any) -> Config:
+        """A copy with some keys changed, unchecked; for derivations such as `for_inference` and for tests."""
+        changed: dict[str, dict[str, Any]] = {}
+        for key, value in values.items():
+            changed.setdefault(SECTION_OF[key], {})[key] = value
+        sections = {title: getattr(self, title).model_copy(update=update) for title, update in changed.items()}
+        return dataclasses.replace(self, **sections)  # type: ignore[arg-type]
+
+    def for_inference(self, data_parallel_size: int | None = None) -> Config:
+        """The same model on one pipeline stage, without optimizer states or recomputation.
+
+        data_parallel_size: replicas; unset, all processes are used, so that pipeline ranks become replicas.
+        Checkpoints load at any layout, so tensor parallelism alone stays as it was.
+        """
+        tp = self.parallel.model_parallel_size
+        assert self.parallel.world_size is not None
+        dp = data_parallel_size or max(1, self.parallel.world_size // tp)
+        micro = self.batch.train_micro_batch_size_per_gpu or 1
+        return self.replace(
+            pipe_parallel_size=0,
+            data_parallel_size=dp,
+            world_size=tp * dp,
+            train_batch_size=micro * dp,
+            gradient_accumulation_steps=1,
+            checkpoint_activations=False,
+            no_load_optim=True,
+        )
+
+    def require_training(self) -> None:
+        """Refuse a configuration that lacks what only training needs. Raises: ConfigError naming all that is missing."""
+        place = " + ".join(self.files) or "configuration"
+        missing = []
+        if not self.training.train_iters:
+            missing.append(f"{place}: train_iters is missing or 0. Set train_iters to the number of optimizer steps.")
+        if self.optimizer.optimizer is None:
+            missing.append(
+                f"{place}: optimizer is missing. Add for example "
+                "`optimizer: {type: Adam, params: {lr: 6.0e-4, betas: [0.9, 0.95]}}`."
+            )
+        if self.data.data_path is None and self.data.train_data_paths is None:
+            missing.append(
+                f"{place}: no training data. Set data_path, or train_data_paths with valid_ and test_data_paths."
+            )
+        if missing:
+            raise ConfigError("\n".join(missing))

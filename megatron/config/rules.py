@@ -1,0 +1,224 @@
+"""What must hold between keys. Each rule says where, what was given, what is required and what to do.
+
+Changes no value. Invariant: a configuration that passes all rules can be built and run on the layout it names.
+"""
+
+from __future__ import annotations
+
+import math
+
+from megatron.config.draft import Draft
+
+
+def check_heads(draft: Draft) -> None:
+    """Head counts against the hidden size and against each other."""
+    hidden, heads, kv_heads = draft["hidden_size"], draft["num_attention_heads"], draft["num_kv_heads"]
+    if hidden % heads:
+        draft.problem(
+            "num_attention_heads",
+            f"num_attention_heads = {heads} does not divide hidden_size = {hidden}. Use a divisor of {hidden}{_near(hidden, heads)}.",
+        )
+    if heads % kv_heads:
+        draft.problem(
+            "num_kv_heads",
+            f"num_kv_heads = {kv_heads} does not divide num_attention_heads = {heads}. Use a divisor of {heads}"
+            f"{_near(heads, kv_heads)}, or remove the key for multi-head attention.",
+        )
+
+
+def check_tensor_parallel(draft: Draft) -> None:
+    """Everything that tensor-parallel ranks divide."""
+    tp = draft["model_parallel_size"]
+    for name in ("num_attention_heads", "num_kv_heads", "ffn_size", "padded_vocab_size"):
+        if name in draft.failed or draft[name] is None or draft[name] % tp == 0:
+            continue
+        if name == "num_kv_heads" and not draft.is_given(name):
+            continue
+        place = name if draft.is_given(name) else "model_parallel_size"
+        draft.problem(
+            place, f"{name} = {draft[name]} is not a multiple of model_parallel_size = {tp}. Change one of the two."
+        )
+
+
+def check_rotary(draft: Draft) -> None:
+    """Rotary embeddings turn pairs of dimensions."""
+    hidden, heads = draft["hidden_size"], draft["num_attention_heads"]
+    if draft["pos_emb"] != "rotary" or hidden % heads:
+        return
+    turned = int(hidden // heads * draft["rotary_pct"])
+    if turned % 2 or turned == 0:
+        draft.problem(
+            "rotary_pct",
+            f"rotary_pct = {draft['rotary_pct']} turns {turned} of {hidden // heads} dimensions of each head; "
+            "the number must be even and above 0. Choose another rotary_pct.",
+        )
+
+
+def check_positions(draft: Draft) -> None:
+    """Sequence against positions."""
+    if draft["seq_length"] > draft["max_position_embeddings"]:
+        draft.problem(
+            "max_position_embeddings",
+            f"max_position_embeddings = {draft['max_position_embeddings']} is below seq_length = {draft['seq_length']}. Raise it or lower seq_length.",
+        )
+
+
+def check_residual(draft: Draft) -> None:
+    """gpt_j_tied without gpt_j_residual means nothing."""
+    if draft["gpt_j_tied"] and not draft["gpt_j_residual"]:
+        draft.problem("gpt_j_tied", "gpt_j_tied = true needs gpt_j_residual: true. Set it, or remove gpt_j_tied.")
+
+
+def check_gelu(draft: Draft) -> None:
+    """The fused kernel exists for gelu only."""
+    if draft["bias_gelu_fusion"] and draft["activation"] != "gelu":
+        draft.problem(
+            "bias_gelu_fusion",
+            f"bias_gelu_fusion = true asks for tanh gelu, and activation = {draft['activation']}. Remove one of the two.",
+        )
+
+
+def check_zero(draft: Draft) -> None:
+    """DeepSpeed's pipeline works with ZeRO 1 only."""
+    stage, stages = draft["zero_stage"], draft["pipe_parallel_size"]
+    if stage >= 2 and stages >= 2:
+        draft.problem(
+            "zero_optimization.stage",
+            f"zero_optimization.stage = {stage} does not work with pipe_parallel_size = {stages}: pipeline stages need their "
+            f"whole gradients until the last micro-batch. Use stage 1, or pipe_parallel_size: 1 with stage {stage}.",
+        )
+    block = draft["zero_optimization"]
+    if (
+        block is not None
+        and block.stage < 3
+        and (block.cpu_offload_params or (block.offload_param and block.offload_param.device != "none"))
+    ):
+        draft.problem(
+            "zero_optimization",
+            f"offload_param needs zero_optimization.stage = 3, not {block.stage}. Use stage 3, or remove it.",
+        )
+
+
+def check_stages(draft: Draft) -> None:
+    """Every pipeline stage needs a layer."""
+    stages, layers = draft["pipe_parallel_size"], draft["num_layers"]
+    if stages > layers:
+        draft.problem(
+            "pipe_parallel_size",
+            f"pipe_parallel_size = {stages} is more than num_layers = {layers}. Use at most {layers}.",
+        )
+
+
+def check_learning_rate(draft: Draft) -> None:
+    """Bounds of the schedule."""
+    lr, min_lr = draft["lr"], draft["min_lr"]
+    if lr is not None and min_lr > lr:
+        draft.problem("min_lr", f"min_lr = {min_lr:g} is above optimizer.params.lr = {lr:g}. Lower min_lr or raise lr.")
+    if draft["override_lr_scheduler"] and draft["use_checkpoint_lr_scheduler"]:
+        draft.problem(
+            "override_lr_scheduler", "override_lr_scheduler and use_checkpoint_lr_scheduler are both true. Keep one."
+        )
+    for beta in draft["betas"]:
+        if not 0 <= beta < 1:
+            draft.problem(
+                "optimizer.params.betas", f"optimizer.params.betas = {list(draft['betas'])}: each must lie in [0, 1)."
+            )
+
+
+def check_checkpoint(draft: Draft) -> None:
+    """When to save."""
+    factor, extra = draft["checkpoint_factor"], draft["extra_save_iters"]
+    if draft["save"] is not None and factor is None and extra is None:
+        draft.problem(
+            "save",
+            f"save = {draft['save']} needs to know when. Set checkpoint_factor (steps between checkpoints) or extra_save_iters.",
+        )
+    if factor is not None and draft["checkpoint_scale"] == "linear" and (factor < 1 or factor != int(factor)):
+        draft.problem(
+            "checkpoint_factor",
+            f"checkpoint_factor = {factor:g} must be a whole number of steps with checkpoint_scale: linear.",
+        )
+    if factor is not None and draft["checkpoint_scale"] == "log" and factor <= 1:
+        draft.problem(
+            "checkpoint_factor", f"checkpoint_factor = {factor:g} must be above 1 with checkpoint_scale: log."
+        )
+    if extra is not None and min(extra, default=0) < 0:
+        draft.problem("extra_save_iters", f"extra_save_iters = {extra} holds a negative step. Remove it.")
+    if draft["load"] is None and (draft["iteration"] is not None or draft["finetune"]):
+        name = "finetune" if draft["finetune"] else "iteration"
+        draft.problem(
+            name, f"{name} = {str(draft[name]).lower()} needs load: the folder that holds the checkpoint. Set load."
+        )
+
+
+def check_data(draft: Draft) -> None:
+    """One prefix, or lists for all three parts, each with as many weights and labels."""
+    parts = ("train", "valid", "test")
+    lists = [part for part in parts if draft[f"{part}_data_paths"] is not None]
+    if lists and draft["data_path"] is not None:
+        draft.problem(
+            "data_path",
+            f"data_path and {lists[0]}_data_paths ({draft.place(f'{lists[0]}_data_paths')}) are both set. Keep one of the two.",
+        )
+    if lists and len(lists) < 3:
+        absent = " and ".join(f"{part}_data_paths" for part in parts if part not in lists)
+        draft.problem(f"{lists[0]}_data_paths", f"{lists[0]}_data_paths is set and {absent} not. Set all three.")
+    for part in parts:
+        paths = draft[f"{part}_data_paths"]
+        for name in (f"{part}_data_weights", f"{part}_label_data_paths"):
+            beside = draft[name]
+            if beside is not None and len(beside) != len(paths or ()):
+                draft.problem(
+                    name,
+                    f"{name} has {len(beside)} entries and {part}_data_paths {len(paths or ())}. Give one for each.",
+                )
+        weights = draft[f"{part}_data_weights"]
+        if weights is not None and (min(weights, default=0) < 0 or sum(weights) == 0):
+            draft.problem(
+                f"{part}_data_weights", f"{part}_data_weights = {weights}: weights must be 0 or more, and not all 0."
+            )
+
+
+def check_split(draft: Draft) -> None:
+    """Three shares."""
+    text = draft["split"]
+    try:
+        shares = [float(part) for part in text.replace("/", ",").split(",")]
+    except ValueError:
+        shares = []
+    if not 1 <= len(shares) <= 3 or not all(math.isfinite(s) and s >= 0 for s in shares) or sum(shares) <= 0:
+        draft.problem(
+            "split",
+            f'split = "{text}" is not up to three shares for training, validation and test. Write for example "969, 30, 1".',
+        )
+
+
+def check_deepspeed(draft: Draft) -> None:
+    """DeepSpeed is the engine."""
+    if not draft["deepspeed"]:
+        draft.problem("deepspeed", "deepspeed = false: training always runs over DeepSpeed. Remove the key.")
+
+
+RULES = (
+    check_heads,
+    check_tensor_parallel,
+    check_rotary,
+    check_positions,
+    check_residual,
+    check_gelu,
+    check_zero,
+    check_stages,
+    check_learning_rate,
+    check_checkpoint,
+    check_data,
+    check_split,
+    check_deepspeed,
+)
+
+
+def _near(number: int, wish: int) -> str:
+    divisors = [n for n in range(1, number + 1) if number % n == 0]
+    below = max((n for n in divisors if n < wish), default=None)
+    above = min((n for n in divisors if n > wish), default=None)
+    near = [str(n) for n in (below, above) if n is not None]
+    return f" ({' or '.join(near)} are nearest)" if len(near) == 2 else f" ({near[0]} is nearest)" if near else ""

@@ -1,0 +1,70 @@
+"""The keys that say how the model learns: optimizer, learning-rate schedule, steps, validation, activation checkpointing.
+
+Invariant: `OptimizerSection` and `ScheduleSection` hold every number of the update rule, typed, defaults filled in.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from megatron.config.schema.base import Block, Bool, Float, Int, Section, key
+
+OptimizerType = Literal["adam", "onebitadam", "cpu_adam", "cpu_torch_adam", "sm3", "madgrad_wd", "sgd", "lion"]
+
+
+class OptimizerBlock(Block):
+    """Upstream's `optimizer` block."""
+
+    type: OptimizerType = key("adam", "Adam is AdamW (decoupled weight decay), as upstream's is.")
+    params: dict[str, Any] = key({}, "lr, betas, eps, and what else the optimizer takes.")
+
+
+class OptimizerSection(Section):
+    """The update rule; lr, betas and eps come out of the `optimizer` block."""
+
+    optimizer: OptimizerBlock | None = key(None, "The optimizer and its parameters. Required for training.")
+    weight_decay: Float = key(0.1, "Decoupled weight decay; norms and biases are exempt.", ge=0)
+    gradient_clipping: Float = key(
+        1.0, "Largest global gradient norm; 0 turns clipping off.", deepspeed="gradient_clipping", ge=0
+    )
+    optimizer_type: str = key("adam", "The optimizer that runs.", derived="optimizer.type")
+    lr: Float | None = key(None, "Peak learning rate.", derived="optimizer.params.lr")
+    betas: tuple[Float, Float] = key((0.9, 0.999), "Adam's decay rates.", derived="optimizer.params.betas", ours=True)
+    eps: Float = key(1e-8, "Added to Adam's denominator.", derived="optimizer.params.eps", ours=True)
+
+    @property
+    def type(self) -> str:
+        """The optimizer's name, lower case."""
+        return self.optimizer_type
+
+
+class ScheduleSection(Section):
+    """The learning rate over steps."""
+
+    lr_decay_style: Literal["constant", "linear", "cosine", "exponential"] = key("linear", "Shape after warm-up.")
+    lr_decay_iters: Int | None = key(
+        None, "Steps until min_lr is reached. Unset: lr_decay_fraction * train_iters.", unit="steps", gt=0
+    )
+    lr_decay_fraction: Float | None = key(None, "lr_decay_iters as a part of train_iters. Unset: 1.", gt=0, le=1)
+    min_lr: Float = key(0.0, "The rate never falls below this after warm-up.", ge=0)
+    warmup: Float = key(0.01, "Part of lr_decay_iters over which the rate rises from 0.", ge=0, le=1)
+    override_lr_scheduler: Bool = key(False, "On resuming, use this file's schedule and not the checkpoint's.")
+    use_checkpoint_lr_scheduler: Bool = key(False, "On resuming, use the checkpoint's schedule.")
+
+
+class TrainingSection(Section):
+    """The run."""
+
+    train_iters: Int | None = key(None, "Optimizer steps. Required for training.", unit="steps", ge=0)
+    eval_interval: Int = key(1000, "Validate every so many steps.", unit="steps", gt=0)
+    eval_iters: Int = key(100, "Batches of train_batch_size sequences per validation and per test.", ge=0)
+    exit_interval: Int | None = key(None, "Save and stop at the next multiple of this.", unit="steps", gt=0)
+    seed: Int = key(1234, "Seed of initialisation, data order and dropout.", gt=0, lt=2**32)
+    loss_normalization: Literal["micro_batch", "tokens"] = key(
+        "micro_batch",
+        "micro_batch: mean over the unmasked tokens of each micro-batch, then over micro-batches, as upstream does; "
+        "tokens: one mean over all unmasked tokens of the step.",
+        ours=True,
+    )
+    checkpoint_activations: Bool = key(False, "Recompute activations in the backward pass to save memory.")
+    checkpoint_num_layers: Int = key(1, "Layers per recomputed group.", gt=0)

@@ -1,0 +1,159 @@
+"""YAML and JSON files read into plain values, with the line of every key kept and duplicate keys refused.
+
+Does not know which keys exist. Numbers may be written as people write them (`1e-4`, `5e4`, `1_000`); dates stay text.
+Invariant: every value that leaves here has an origin `file:line`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron.common.errors import ConfigError
+
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_INT = re.compile(r"[-+]?(0|[1-9][0-9_]*)$")
+_HEX = re.compile(r"[-+]?0x[0-9a-fA-F_]+$")
+_FLOAT = re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9_]+)([eE][-+]?[0-9]+)?$")
+_BOOLS = {
+    word: value for value, words in {True: "true yes on", False: "false no off"}.items() for word in words.split()
+}
+_SPECIAL = {".inf": math.inf, "+.inf": math.inf, "-.inf": -math.inf, ".nan": math.nan}
+
+
+@dataclass
+class Source:
+    """One file's contents.
+
+    name: how the file is called in messages.
+    text: the file as it is.
+    values: top-level keys, `-` turned into `_`.
+    lines: line of each key; nested keys are dotted (`optimizer.params.lr`).
+    problems: located messages (duplicate keys), in the order of the lines.
+    """
+
+    name: str
+    text: str
+    values: dict[str, Any] = field(default_factory=dict)
+    lines: dict[str, int] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+def read_source(path: Path) -> Source:
+    """Read one YAML or JSON file.
+
+    Raises: ConfigError if the file is not readable, is not valid YAML, or is not a mapping.
+    """
+    name = str(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{name}: is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
+    except OSError as error:
+        raise ConfigError(f"{name}: cannot be read ({error.strerror}).") from error
+    return parse_source(name, text)
+
+
+def parse_source(name: str, text: str) -> Source:
+    """Parse the text of one file; see `read_source`."""
+    source = Source(name, text)
+    # A JSON file may be indented with tabs, which YAML forbids; inside JSON strings raw tabs cannot occur.
+    body = text.replace("\t", " ") if name.endswith(".json") else text
+    try:
+        root = yaml.compose(body, Loader=_LOADER)
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{name}{line}: not valid YAML: {error.problem or error}{_tab_hint(body, error)}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name}: not valid YAML: {error}") from error
+    if root is None:
+        return source
+    if not isinstance(root, yaml.MappingNode):
+        raise ConfigError(f"{name}:1: holds a {root.id}, not `key: value` pairs. Write one `key: value` per line.")
+    values = _Builder(source).mapping(root, "", normalise=True)
+    source.values.update(values)
+    return source
+
+
+def parse_value(text: str) -> Any:
+    """The value of `--set key=text`, by the same rules as in a file."""
+    try:
+        node = yaml.compose(text, Loader=_LOADER)
+    except yaml.YAMLError:
+        return text
+    return None if node is None else _Builder(Source("command line", text)).value(node, "")
+
+
+def _tab_hint(text: str, error: yaml.MarkedYAMLError) -> str:
+    mark = error.problem_mark
+    lines = text.splitlines()
+    if mark and mark.line < len(lines) and "\t" in lines[mark.line]:
+        return ". The line holds a tab; indent with spaces."
+    return ""
+
+
+class _Builder:
+    """Turns PyYAML's nodes into plain values and notes where each key stands."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def value(self, node: yaml.Node, path: str) -> Any:
+        if isinstance(node, yaml.MappingNode):
+            return self.mapping(node, path)
+        if isinstance(node, yaml.SequenceNode):
+            return [self.value(child, path) for child in node.value]
+        return _scalar(node)
+
+    def mapping(self, node: yaml.MappingNode, path: str, *, normalise: bool = False) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        seen: dict[str, tuple[str, int]] = {}
+        merged: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            line = key_node.start_mark.line + 1
+            if key_node.tag.endswith(":merge"):
+                # `<<: *anchor` fills in what the mapping itself does not say.
+                for part in value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]:
+                    if isinstance(part, yaml.MappingNode):
+                        merged = {**self.mapping(part, path, normalise=normalise), **merged}
+                continue
+            spelt = str(key_node.value)
+            name = spelt.replace("-", "_") if normalise else spelt
+            dotted = f"{path}.{name}" if path else name
+            if name in seen:
+                first, first_line = seen[name]
+                same = f"`{spelt}`" if first == spelt else f"`{spelt}` (the same key as `{first}`)"
+                self.source.problems.append(
+                    f"{self.source.name}:{line}: {same} is set twice, first in line {first_line}. Keep one of the two."
+                )
+                continue
+            seen[name] = (spelt, line)
+            self.source.lines[dotted] = line
+            values[name] = self.value(value_node, dotted)
+        return {**merged, **values}
+
+
+def _scalar(node: yaml.Node) -> Any:
+    text = str(node.value)
+    if getattr(node, "style", None) in ("'", '"', "|", ">"):
+        return text
+    if text in ("", "~") or text.lower() == "null":
+        return None
+    if text.lower() in _BOOLS:
+        return _BOOLS[text.lower()]
+    if text.lower() in _SPECIAL:
+        return _SPECIAL[text.lower()]
+    with contextlib.suppress(ValueError):
+        if _INT.match(text):
+            return int(text)
+        if _HEX.match(text):
+            return int(text, 16)
+        if _FLOAT.match(text) and not re.match(r"[-+]?0[0-9]", text):
+            return float(text)
+    return text

@@ -1,0 +1,177 @@
+"""Upstream keys that this version does not act on, and what becomes of them.
+
+NO_EFFECT: performance switches and dead keys; accepted, with a warning where they ask for something.
+NOT_YET: features that do not exist here yet; accepted only with upstream's neutral value.
+NOT_YET_VALUES: keys of ours of which some values do not work yet.
+SET_BY_PROGRAM: upstream's internal fields, which no file should set.
+Invariant: a key is here or in the schema, never in both and never in neither.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+_FUSED = "it chooses a kernel upstream; the fastest correct kernel is chosen here by itself"
+_DEAD = "upstream never reads it either"
+_LOSS_SCALE = "upstream never reads it; set it inside the fp16 block"
+
+NO_EFFECT: dict[str, tuple[Any, str]] = {
+    # key: (value that asks for nothing, why it has no effect)
+    "scaled_upper_triang_masked_softmax_fusion": (False, _FUSED),
+    "scaled_masked_softmax_fusion": (False, _FUSED),
+    "bias_dropout_fusion": (False, _FUSED),
+    "rope_fusion": (False, _FUSED),
+    "layernorm_fusion": (False, _FUSED),
+    "rmsnorm_fusion": (False, _FUSED),
+    "use_flashattn_swiglu": (False, _FUSED),
+    "fused_kernels_build_path": (None, "no kernel is built at start"),
+    "apply_query_key_layer_scaling": (False, "it only keeps fp16 scores small, and attention accumulates in fp32 here"),
+    "attention_softmax_in_fp32": (False, "attention always computes its softmax in fp32 here"),
+    "rotary_save_freqs_buffer": (False, "rotary tables are computed, never stored in checkpoints"),
+    "use_cpu_initialization": (False, "weights are the same at every layout and are drawn a shard at a time"),
+    "synchronize_each_layer": (False, "it only serves upstream's checkpointing code"),
+    "contiguous_checkpointing": (False, "it only serves upstream's checkpointing code"),
+    "deepspeed_activation_checkpointing": (True, "checkpoint_activations alone decides"),
+    "profile_backward": (False, "it only serves upstream's checkpointing code"),
+    "use_shared_fs": (True, "index caches are locked and atomic, on shared and on local disks alike"),
+    "distributed_backend": ("nccl", "nccl is used on CUDA and gloo on a CPU"),
+    "output_layer_parallelism": ("column", "column is the only way"),
+    "use_bias_in_norms": (True, "upstream never reads it; layernorm keeps its bias"),
+    "num_unique_layers": (None, _DEAD),
+    "param_sharing_style": ("grouped", _DEAD),
+    "clip_grad": (1.0, "upstream overwrites it; set gradient_clipping"),
+    "hysteresis": (2, _LOSS_SCALE),
+    "dynamic_loss_scale": (None, _LOSS_SCALE),
+    "loss_scale": (None, _LOSS_SCALE),
+    "loss_scale_window": (1000.0, _LOSS_SCALE),
+    "min_scale": (1.0, _LOSS_SCALE),
+    "mup_attn_temp": (1.0, _DEAD),
+    "mup_output_temp": (1.0, _DEAD),
+    "mup_width_scale": (2, "it only serves upstream's muP set-up"),
+    "no_save_optim": (False, _DEAD),
+    "short_seq_prob": (0.1, _DEAD),
+    "moe_lbl_in_fp32": (False, _DEAD),
+    "adlr_autoresume": (False, _DEAD),
+    "adlr_autoresume_interval": (1000, _DEAD),
+    "deepscale": (False, _DEAD),
+    "deepscale_config": (None, _DEAD),
+    "weight_server_port": (6000, _DEAD),
+    "lazy_mpu_init": (False, _DEAD),
+    "rpe_num_buckets": (32, "it only serves pos_emb: rpe"),
+    "rpe_max_distance": (128, "it only serves pos_emb: rpe"),
+    "scalenorm_epsilon": (1e-8, "it only serves norm: scalenorm"),
+    "gmlp_attn_dim": (64, "it only serves gmlp layers"),
+    "force_multi": (False, "the launcher looks at the hosts"),
+    "no_ssh_check": (False, "no ssh connection is probed"),
+    "onnx_safe": (False, "activations are plain torch operations"),
+    "memory_profiling_path": (None, "it only serves memory_profiling"),
+    "profile_step_start": (10, "it only serves profile"),
+    "profile_step_stop": (12, "it only serves profile"),
+    "gradient_noise_scale_n_batches": (5, "it only serves log_gradient_noise_scale"),
+    "gradient_noise_scale_cpu_offload": (False, "it only serves log_gradient_noise_scale"),
+    "s3_chunk_size": (104857600, "it only serves s3_path"),
+    "precompute_model_name": (None, "it only serves text_gen_type: precompute"),
+}
+
+_POST = "post-training (DPO, reward models, KTO, REINFORCE)"
+_MAMBA = "Mamba and RWKV layers"
+_MOE = "mixture of experts"
+_TE = "Transformer Engine"
+_MUP = "muP"
+_PROFILE = "profiling"
+
+NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
+    # key: (neutral values, what the key belongs to)
+    **dict.fromkeys(
+        ("amp", "autotuning", "elasticity", "compression_training", "data_efficiency"),
+        ((None,), "this DeepSpeed feature"),
+    ),
+    **dict.fromkeys(
+        ("curriculum_learning", "activation_checkpointing", "checkpoint", "scheduler"),
+        ((None,), "this DeepSpeed block"),
+    ),
+    **dict.fromkeys(("sparse_attention", "sparsity_config"), ((None,), "sparse attention")),
+    **dict.fromkeys(("sparse_gradients", "use_bnb_optimizer", "fp16_lm_cross_entropy"), ((False,), "this option")),
+    **dict.fromkeys(("partition_activations", "checkpoint_in_cpu"), ((False,), "divided or offloaded activations")),
+    **dict.fromkeys(("use_qk_layernorm",), ((False,), "normalised queries and keys")),
+    "sliding_window_width": ((None,), "sliding-window attention"),
+    "soft_prompt_tuning": ((None,), "soft prompts"),
+    **dict.fromkeys(
+        ("mamba_selective_scan_fusion", "mamba_causal_conv_fusion", "mamba_inner_func_fusion"), ((False,), _MAMBA)
+    ),
+    **dict.fromkeys(("mamba_selective_fp32_params", "mamba_use_bias_in_conv"), ((True,), _MAMBA)),
+    "mamba_use_bias_in_linears": ((False,), _MAMBA),
+    **dict.fromkeys(("dim_att", "head_size", "ffn_dim"), ((None,), _MAMBA)),
+    **dict.fromkeys(
+        ("te_columnparallel", "te_rowparallel", "te_layernorm_mlp", "te_mha", "te_fp8_mha"), ((False,), _TE)
+    ),
+    "te_fp8_format": (("hybrid",), _TE),
+    "te_fp8_wgrad": ((True,), _TE),
+    "te_fp8_amax_history_len": ((1,), _TE),
+    "te_fp8_amax_compute_algo": (("most_recent",), _TE),
+    "te_fp8_margin": ((0,), _TE),
+    **dict.fromkeys(("moe_num_experts", "moe_expert_interval", "moe_top_k"), ((1,), _MOE)),
+    "moe_router_type": (("sinkhorn",), _MOE),
+    "moe_jitter_eps": ((None,), _MOE),
+    "train_epochs": ((None,), "counting in epochs; set train_iters"),
+    "s3_path": ((None,), "S3 storage"),
+    "checkpoint_validation_with_forward_pass": ((False,), "this check"),
+    "char_level_ppl": ((False,), "perplexity per character"),
+    **dict.fromkeys(("use_mup", "coord_check", "save_base_shapes"), ((False,), _MUP)),
+    "base_shapes_file": ((None,), _MUP),
+    **dict.fromkeys(("mup_init_scale", "mup_embedding_mult", "mup_rp_embedding_mult"), ((1.0,), _MUP)),
+    **{
+        f"{sign}{part}{label}_data_paths": ((None,), "pairwise data")
+        for sign in ("pos_", "neg_")
+        for part in ("train", "valid", "test")
+        for label in ("", "_label")
+    },
+    **{f"{part}_reward_data_paths": ((None,), _POST) for part in ("train", "valid", "test")},
+    "train_impl": (("normal",), _POST),
+    **dict.fromkeys(("dpo_fp32", "kto_fp32", "fp32_reinforce"), ((True,), _POST)),
+    **dict.fromkeys(("dpo_reference_free", "reinforce_leave_one_out"), ((False,), _POST)),
+    **dict.fromkeys(("dpo_beta", "kto_beta", "kl_div_beta"), ((0.1,), _POST)),
+    **dict.fromkeys(("kto_desirable_weight", "kto_undesirable_weight"), ((1.0,), _POST)),
+    "z_loss": ((0.0,), _POST),
+    "kl_impl": (("mse",), _POST),
+    "online_dataserver_ips": (("localhost",), _POST),
+    "online_dataserver_ports": ((10000,), _POST),
+    "serve_model_weights": ((False,), "serving weights to another process"),
+    **dict.fromkeys(
+        ("log_grad_pct_zeros", "log_param_norm", "log_grad_norm", "log_optimizer_states"), ((False,), "this statistic")
+    ),
+    "log_gradient_noise_scale": ((False,), "the gradient noise scale"),
+    **dict.fromkeys(("memory_profiling", "profile"), ((False,), _PROFILE)),
+    "autotuning_run": ((None,), "autotuning"),
+    **dict.fromkeys(("comment", "account"), ((None,), "starting Slurm jobs; give it to srun or sbatch")),
+}
+
+NOT_YET_VALUES: dict[str, tuple[tuple[Any, ...], str]] = {
+    # key of the schema: (values that work, what to do meanwhile)
+    "sequence_parallel": ((False,), "Remove it; results are the same, memory is higher."),
+    "pack_impl": (("packed",), "Use packed."),
+    "dataset_impl": (("gpt2",), "Use gpt2."),
+    "optimizer_type": (("adam",), "Use Adam."),
+    "fp32_allreduce": ((False,), "Remove it."),
+}
+
+SET_BY_PROGRAM: dict[str, str] = {
+    "is_pipe_parallel": "pipe_parallel_size",
+    "batch_size": "train_micro_batch_size_per_gpu",
+    "zero_reduce_scatter": "zero_optimization.reduce_scatter",
+    "zero_contiguous_gradients": "zero_optimization.contiguous_gradients",
+    "zero_reduce_bucket_size": "zero_optimization.reduce_bucket_size",
+    "zero_allgather_bucket_size": "zero_optimization.allgather_bucket_size",
+    "local_rank": "",
+    "rank": "",
+    "do_train": "",
+    "do_valid": "",
+    "do_test": "",
+    "config_files": "",
+    "git_hash": "",
+    "user_script": "",
+    "curriculum_seqlen": "",
+    "comet_experiment": "comet_experiment_name",
+}
+
+EVERY_OTHER_KEY = frozenset((*NO_EFFECT, *NOT_YET, *SET_BY_PROGRAM))
