@@ -48,7 +48,9 @@ def find_inputs(paths: Iterable[str]) -> list[Path]:
         if path.is_dir():
             inside = sorted(p for p in path.iterdir() if p.is_file() and is_corpus_file(p.name))
             if not inside:
-                raise DataError(f"input {path}: the folder holds no .jsonl or .txt file (also .gz, .zst, .bz2, .xz, .tar, .zip).")
+                raise DataError(
+                    f"input {path}: the folder holds no .jsonl or .txt file (also .gz, .zst, .bz2, .xz, .tar, .zip)."
+                )
             files += inside
         elif path.is_file():
             files.append(path)
@@ -60,6 +62,10 @@ def find_inputs(paths: Iterable[str]) -> list[Path]:
 def is_corpus_file(name: str) -> bool:
     """Whether a file in a folder counts as a corpus."""
     stem = _without_compression(name)
+    if stem == name and name.endswith(".json"):
+        return (
+            False  # far more often a tokenizer or a configuration than documents; give it by name where it is a corpus
+        )
     return stem.endswith((*_LINE_ENDINGS, ".txt", *_ARCHIVES))
 
 
@@ -127,7 +133,8 @@ def _parse_line(line: bytes, where: str, keys: Sequence[str]) -> Document:
         if not isinstance(value, str):
             given = f"{key!r} is a {type(value).__name__}" if key in record else f"no key {key!r}"
             raise DataError(
-                f"{where}: {given}; required is text. Keys here: {', '.join(map(repr, record))}. Choose with --jsonl-keys."
+                f"{where}: {given}; required is text. Keys here: {', '.join(map(repr, record))}. Choose with "
+                "--jsonl-keys."
             )
         texts.append(value)
     return tuple(texts)

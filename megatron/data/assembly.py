@@ -10,9 +10,11 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from megatron.common.errors import DataError
 from megatron.data.blending import build_blend, normalise_weights
+from megatron.data.document_dataset import DocumentDataset
 from megatron.data.indexed import IndexedDataset
 from megatron.data.splits import SPLIT_NAMES, document_weights, split_boundaries
 from megatron.data.token_dataset import BlendedDataset, PackedDataset, TokenDataset, open_labels
@@ -39,6 +41,8 @@ class SampleRules:
 
     seq_length: int
     seed: int
+    packing: Literal["packed", "pack_until_overflow", "unpacked"] = "packed"
+    allow_chopped: bool = True
     warmup: bool = False
 
 
@@ -60,17 +64,7 @@ def split_one(
         if needed == 0 and epochs is None:
             parts.append(None)
         elif documents[0] < documents[1]:
-            parts.append(
-                PackedDataset(
-                    indexed,
-                    name=name,
-                    seq_length=rules.seq_length,
-                    seed=rules.seed,
-                    num_samples=needed,
-                    num_epochs=epochs,
-                    documents=documents,
-                )
-            )
+            parts.append(_make_dataset(indexed, name, rules, needed, epochs, documents=documents))
         elif name == "test":
             # The test set is read once after training; a small data set often has no document left for it.
             logger.warning(
@@ -116,14 +110,13 @@ def blend_many(
     shares = normalise_weights(weights if weights is not None else [1.0] * len(tokens)).tolist()
     counts = build_blend(shares, num_samples).counts.tolist() if num_epochs is None else [0] * len(tokens)
     datasets: list[TokenDataset] = [
-        PackedDataset(
+        _make_dataset(
             one,
-            name=f"{name}_{index}",
-            seq_length=rules.seq_length,
-            seed=rules.seed,
+            f"{name}_{index}",
+            rules,
+            max(math.ceil(num_samples * shares[index] * _MARGIN), counts[index]),
+            num_epochs,
             labels=labels[index],
-            num_samples=max(math.ceil(num_samples * shares[index] * _MARGIN), counts[index]),
-            num_epochs=num_epochs,
         )
         for index, one in enumerate(tokens)
     ]
@@ -133,12 +126,46 @@ def blend_many(
     return datasets[0] if len(datasets) == 1 else BlendedDataset(datasets, shares, num_samples)
 
 
+def _make_dataset(
+    indexed: IndexedDataset,
+    name: str,
+    rules: SampleRules,
+    num_samples: int,
+    num_epochs: int | None,
+    documents: tuple[int, int] | None = None,
+    labels: IndexedDataset | None = None,
+) -> TokenDataset:
+    if rules.packing == "packed":
+        return PackedDataset(
+            indexed,
+            name=name,
+            seq_length=rules.seq_length,
+            seed=rules.seed,
+            num_samples=num_samples,
+            num_epochs=num_epochs,
+            documents=documents,
+            labels=labels,
+        )
+    return DocumentDataset(
+        indexed,
+        name=name,
+        seq_length=rules.seq_length,
+        seed=rules.seed,
+        packing=rules.packing,
+        allow_chopped=rules.allow_chopped,
+        num_samples=num_samples,
+        num_epochs=num_epochs,
+        documents=documents,
+        labels=labels,
+    )
+
+
 def _empty_part(name: str, prefix: str, split: str, num_documents: int, boundaries: Sequence[int]) -> str:
     sizes = [after - before for before, after in itertools.pairwise(boundaries)]
     advice = "set eval_iters: 0 to train without validation" if name == "valid" else "raise its first proportion"
     return (
         f"data_path {prefix}: split = {split!r} of {num_documents:,} documents gives train {sizes[0]:,}, valid "
-        f"{sizes[1]:,}, "
-        f"test {sizes[2]:,}, but the run reads from {name}. Use more documents, a split with a larger share for {name} "
+        f"{sizes[1]:,}, test {sizes[2]:,}, but the run reads from {name}. Use more documents, a split with a larger "
+        f"share for {name} "
         f'(for example "90, 5, 5"), or {advice}.'
     )

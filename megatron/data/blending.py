@@ -25,7 +25,8 @@ _PIECE_STEPS = 4096
 class Blend:
     """Whose turn it is and which of its own samples that is.
 
-    Shapes: dataset_ids [num_samples] uint8, sample_ids [num_samples] int64, counts [num_datasets] int64 (turns in all).
+    Shapes: dataset_ids [num_samples] uint8, sample_ids [num_samples] uint32 (int64 beyond), counts [num_datasets]
+    int64 (turns in all).
     """
 
     dataset_ids: np.ndarray
@@ -56,10 +57,10 @@ def build_blend(weights: Sequence[float], num_samples: int) -> Blend:
     # A data set of weight 0 would win ties (upstream lets it); it takes no turn here.
     taking_part = np.flatnonzero(normalised)
     turns = taking_part.astype(np.uint8)[blend_turns(normalised[taking_part], num_samples)]
-    sample_ids = np.empty(num_samples, dtype=np.int64)
     counts = np.bincount(turns, minlength=len(normalised)).astype(np.int64)
-    for index, count in enumerate(counts):
-        sample_ids[turns == index] = np.arange(count)
+    # A stable sort puts the turns of each data set side by side, in order: their ranks there are its sample numbers.
+    sample_ids = np.empty(num_samples, np.uint32 if num_samples < 2**32 else np.int64)
+    sample_ids[np.argsort(turns, kind="stable")] = np.concatenate([np.arange(count) for count in counts])
     return Blend(turns, sample_ids, counts)
 
 

@@ -16,7 +16,9 @@ def build_datasets(config: Config) -> Datasets:
     Raises: DataError when files are missing or damaged, when no data is named, or when a part that is read is empty.
     """
     data, training = config.data, config.training
-    rules = SampleRules(config.model.seq_length, training.seed, data.mmap_warmup)
+    assert config.model.seq_length is not None, "a resolved configuration has a seq_length"
+    assert config.batch.train_batch_size is not None, "a resolved configuration has a train_batch_size"
+    rules = SampleRules(config.model.seq_length, training.seed, data.pack_impl, data.allow_chopped, data.mmap_warmup)
     epochs = training.train_epochs
     needed = samples_needed(
         training.train_iters or 0, config.batch.train_batch_size, training.eval_interval, training.eval_iters

@@ -177,9 +177,8 @@ class BlendedDataset:
                 raise DataError(
                     f"data set {index} of the blend has {len(dataset):,} samples, its weight calls for {count:,}."
                 )
-        self._fingerprint = content_key(
-            "blend", [d.fingerprint for d in datasets], normalise_weights(weights).tolist(), num_samples
-        )
+        # Without num_samples: the turns of a shorter blend are a prefix of those of a longer one.
+        self._fingerprint = content_key("blend", [d.fingerprint for d in datasets], normalise_weights(weights).tolist())
 
     def __len__(self) -> int:
         return len(self.dataset_ids)

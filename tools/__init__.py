@@ -1,0 +1,1 @@
+"""Command-line scripts at the paths that users of GPT-NeoX know."""
