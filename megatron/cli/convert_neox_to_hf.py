@@ -1,0 +1,77 @@
+"""`tools/ckpts/convert_neox_to_hf.py`: a checkpoint of any layout -> a Hugging Face folder, checked before it appears.
+
+The architecture is the checkpoint's own; the configuration gives the tokenizer and the precision.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megatron.checkpoint import open_checkpoint
+from megatron.common.errors import CheckpointError, ConfigError
+from megatron.config import Config, load
+from megatron.convert.export import PRECISIONS, export_gpt_neox
+from megatron.tokenizer.base import Tokenizer
+from megatron.tokenizer.setup import build_tokenizer
+
+_OF_CONFIG = {"fp16": "fp16", "bfloat16": "bf16", "fp32": "fp32"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Convert as the command line says. Raises: CheckpointError, ConfigError, DataError."""
+    args = _parse(argv)
+    config = load([args.config_file], planning=True) if args.config_file else None
+    if config is None and (args.precision == "auto" or not args.no_save_tokenizer):
+        raise ConfigError(
+            "--config_file is missing: it says which tokenizer belongs to the model, and its precision. Give it, or "
+            "give --precision and --no_save_tokenizer."
+        )
+    precision = args.precision
+    if config is not None and precision == "auto":
+        precision = _OF_CONFIG[config.precision.precision or "fp32"]
+    reader = open_checkpoint(args.input_dir, args.iteration, kinds=["weight"])
+    print(f"{reader.folder} (step {reader.step}) -> {args.output_dir}, {precision}", flush=True)
+    tokenizer = None if config is None or args.no_save_tokenizer else _tokenizer(config, reader.state.get("facts", {}))
+    result = export_gpt_neox(
+        reader,
+        args.output_dir,
+        precision,
+        tokenizer=tokenizer,
+        pad_id=args.pad_token_id if args.pad_token_id >= 0 else None,
+    )
+    check = result.check
+    print(f"checked: transformers' logits equal the native ones to {check.difference:.2g} (largest {check.scale:.3g})")
+    if check.rounding:
+        print(f"rounding the weights to {precision} moves a logit by {check.rounding:.2g} at most")
+    print(f"written: {result.folder} ({result.tensor_bytes / 1e6:.1f} MB of weights)")
+    return 0
+
+
+def _tokenizer(config: Config, facts: dict[str, str]) -> Tokenizer:
+    tokenizer = build_tokenizer(config.tokenizer)
+    if facts.get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
+        raise CheckpointError(
+            f"the tokenizer of the configuration ({config.tokenizer.tokenizer_type}, {config.tokenizer.vocab_file}) is "
+            "not the one that the model was trained with. Point vocab_file to that one, or use --no_save_tokenizer."
+        )
+    return tokenizer
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="convert_neox_to_hf.py", description=(__doc__ or "").split("\n")[0])
+    add = parser.add_argument
+    add("--input_dir", type=Path, required=True, help="a global_stepN folder, or the folder that holds them (newest)")
+    add("--config_file", type=Path, help="the YAML that the model was trained with")
+    add("--output_dir", type=Path, required=True, help="the folder to make; must not hold anything yet")
+    add("--precision", choices=["auto", *PRECISIONS], default="auto", help="auto: as the model was trained")
+    add("--no_save_tokenizer", action="store_true", help="write the model alone")
+    add("--iteration", type=int, help="the step to convert, where --input_dir holds several")
+    add("--pad-token-id", type=int, default=-1, help="pad_token_id of config.json; -1: the tokenizer's")
+    add(
+        "--vocab-is-hf-tokenizer",
+        action="store_true",
+        help="accepted for compatibility: what vocab_file is, is found out from the file",
+    )
+    add("--architecture", choices=["neox"], default="neox", help="the Hugging Face architecture to write")
+    return parser.parse_args(argv)

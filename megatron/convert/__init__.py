@@ -1,0 +1,1 @@
+"""Hugging Face folders out of and into native checkpoints."""

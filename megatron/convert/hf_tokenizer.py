@@ -1,0 +1,48 @@
+"""The tokenizer's files in a Hugging Face folder.
+
+Invariant: what is written is read alike by transformers 4.38 to 5.x (which is why no class of 5.x is named).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from megatron.common.errors import CheckpointError
+from megatron.common.files import atomic_write_text
+from megatron.tokenizer.base import EOD_PIECE, PAD_PIECE, Tokenizer
+
+
+def write_tokenizer(folder: Path, tokenizer: Tokenizer, max_positions: int) -> None:
+    """Write tokenizer.json (or vocab.json and merges.txt), tokenizer_config.json and special_tokens_map.json.
+
+    Raises: CheckpointError for a tokenizer that has no files of these kinds.
+    """
+    sources = tokenizer.source_files
+    if len(sources) == 1 and sources[0].suffix == ".json":
+        targets, tokenizer_class = ["tokenizer.json"], "PreTrainedTokenizerFast"
+    elif [path.suffix for path in sources] == [".json", ".txt"]:
+        targets, tokenizer_class = ["vocab.json", "merges.txt"], "GPT2TokenizerFast"
+    else:
+        raise CheckpointError(
+            f"a {type(tokenizer).__name__} made of {[path.name for path in sources] or 'no file'} cannot be written "
+            "for transformers. Use --no_save_tokenizer and provide the tokenizer yourself."
+        )
+    for source, target in zip(sources, targets, strict=True):
+        shutil.copyfile(source, folder / target)
+    special: dict[str, str] = {}
+    if tokenizer.eod_id is not None:
+        special |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), EOD_PIECE)
+    if tokenizer.pad_id is not None:
+        special["pad_token"] = PAD_PIECE
+    config: dict[str, Any] = {
+        "tokenizer_class": tokenizer_class,
+        "model_max_length": max_positions,
+        "clean_up_tokenization_spaces": False,
+        "add_prefix_space": False,
+        **special,
+    }
+    for name, values in (("tokenizer_config.json", config), ("special_tokens_map.json", special)):
+        atomic_write_text(folder / name, json.dumps(values, indent=2) + "\n")
