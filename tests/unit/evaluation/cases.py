@@ -1,0 +1,73 @@
+"""What the tests run on every rank."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron.common.errors import DataError
+from megatron.evaluation.run import evaluate_tasks
+from megatron.evaluation.team import Team
+from megatron.parallel.process_groups import ProcessGroups
+from megatron.parallel.topology import Topology
+from tests.unit.evaluation import tiny
+
+
+def evaluate(tp_size: int, tokenizer_file: str, data_dir: str, tasks: list[str], limit: int | None = None) -> Any:
+    """The scores of one evaluation; None on the ranks that serve."""
+    groups = ProcessGroups.build(Topology(1, dist.get_world_size() // tp_size, tp_size))
+    results = evaluate_tasks(
+        tiny.model(groups),
+        tiny.tokenizer(tokenizer_file),
+        tasks,
+        batch_size=3,
+        data_dir=data_dir,
+        limit=limit,
+        is_quiet=True,
+    )
+    return None if results is None else results["results"]
+
+
+def map_squares(count: int) -> Any:
+    """Squares of numbers, and which rank made each; None on the ranks that serve."""
+    team = _team({"square": lambda number: (number * number, dist.get_rank())})
+    heard: list[int] = []
+    results = team.lead(lambda: team.map("square", list(range(count)), heard.append))
+    return None if results is None else (results, sum(heard))
+
+
+def fail_on(rank: int) -> str:
+    """What each rank raises when the work fails on one of them."""
+
+    def work(number: int) -> int:
+        if dist.get_rank() == rank:
+            raise ArithmeticError(f"cannot do {number}")
+        return number
+
+    team = _team({"square": work})
+    return _message_of(lambda: team.lead(lambda: team.map("square", list(range(9)))))
+
+
+def fail_before_work() -> str:
+    """What each rank raises when rank 0 finds a problem of its own."""
+
+    def task() -> None:
+        raise DataError("no such file")
+
+    team = _team({})
+    return _message_of(lambda: team.lead(task))
+
+
+def _team(work: dict[str, Any]) -> Team:
+    return Team(ProcessGroups.build(Topology(1, dist.get_world_size(), 1)), work, torch.device("cpu"))
+
+
+def _message_of(call: Any) -> str:
+    try:
+        call()
+    except Exception as error:
+        return json.dumps([type(error).__name__, str(error)])
+    return "nothing was raised"
