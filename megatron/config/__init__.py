@@ -2,6 +2,6 @@
 
 from megatron.config.files import require_inputs
 from megatron.config.loader import load
-from megatron.config.resolved import Config
+from megatron.config.resolved import Config, SourceFile
 
-__all__ = ["Config", "load", "require_inputs"]
+__all__ = ["Config", "SourceFile", "load", "require_inputs"]

@@ -7,35 +7,59 @@ in `layout`. Invariant: after these, no key that the program computes with is le
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
-
 from pydantic import ValidationError
 
-from megatron.config.draft import Draft, did_you_mean
+from megatron.config.draft import Draft, SkipRule, did_you_mean
 from megatron.config.layout import round_up
+from megatron.config.messages import plain_message
 from megatron.config.schema import GATED_ACTIVATIONS
 from megatron.config.schema.base import Block, Float, key
 from megatron.config.schema.execution import Bf16Block, Fp16Block
 from megatron.config.vocabulary import Vocabulary, vocabulary_of
 
 
-class AdamParams(Block):
-    """What `optimizer.params` may hold for Adam."""
+class UpdateParams(Block):
+    """What `optimizer.params` may hold for every optimizer."""
 
     lr: Float = key(0.001, "Peak learning rate.", gt=0)
+    weight_decay: Float | None = key(None, "The same as the key weight_decay.", ge=0)
+    max_grad_norm: Float | None = key(None, "Ignored upstream; gradient_clipping is the key.")
+
+
+class AdamParams(UpdateParams):
+    """Adam's further parameters."""
+
     betas: tuple[Float, Float] = key((0.9, 0.999), "Decay rates.")
     eps: Float = key(1e-8, "Added to the denominator.", ge=0)
-    weight_decay: Float | None = key(None, "The same as the key weight_decay.", ge=0)
+
+
+class LionParams(UpdateParams):
+    """Lion's further parameters."""
+
+    betas: tuple[Float, Float] = key((0.9, 0.99), "Decay rates.")
+
+
+class SgdParams(UpdateParams):
+    """SGD's further parameters."""
+
+    momentum: Float = key(0.0, "Decay rate of the accumulated gradient.", ge=0, lt=1)
+
+
+OPTIMIZER_PARAMS: dict[str, type[UpdateParams]] = {"adam": AdamParams, "lion": LionParams, "sgd": SgdParams}
 
 
 def derive_precision(draft: Draft) -> None:
     """One precision out of `precision`, `fp16` and `bf16`; a contradiction names both keys."""
     asked: dict[str, str] = {}
     if draft["fp16"] is not None and draft["fp16"].enabled:
-        asked["fp16"] = "fp16"
+        # Old files (Pythia 1B's) ask for bfloat16 through the fp16 block.
+        old_style = draft["fp16"].type is not None and draft["fp16"].type.lower() in ("bfloat16", "bf16")
+        asked["fp16"] = "bfloat16" if old_style else "fp16"
+        if old_style:
+            draft.warn("fp16.type", "fp16.type = bfloat16 is taken as precision: bfloat16; its loss scale is not used")
     if draft["bf16"] is not None and draft["bf16"].enabled:
         asked["bf16"] = "bfloat16"
-    if len(asked) == 2:
+    if len(set(asked.values())) == 2:
         draft.fail(
             "bf16", f"bf16.enabled and fp16.enabled ({draft.place('fp16')}) are both true. Keep one of the two blocks."
         )
@@ -51,7 +75,7 @@ def derive_precision(draft: Draft) -> None:
                 f"precision = {precision} contradicts {block}.enabled ({draft.place(block)}). Remove one of the two.",
             )
     for block, meaning in (("fp16", "fp16"), ("bf16", "bfloat16")):
-        if precision == meaning and draft[block] is not None and not draft[block].enabled:
+        if block not in asked and precision == meaning and draft[block] is not None and not draft[block].enabled:
             draft.fail(
                 "precision",
                 f"precision = {precision} contradicts {block}.enabled = false ({draft.place(block)}). Remove one of the two.",
@@ -63,9 +87,9 @@ def derive_precision(draft: Draft) -> None:
         )
     draft.values["precision"] = precision
     if precision == "fp16":
-        draft.derive("fp16", Fp16Block(), "precision")
+        draft.derive("fp16", Fp16Block(enabled=True), "precision")
     if precision == "bfloat16":
-        draft.derive("bf16", Bf16Block(), "precision")
+        draft.derive("bf16", Bf16Block(enabled=True), "precision")
 
 
 def derive_zero(draft: Draft) -> None:
@@ -172,7 +196,10 @@ def derive_vocabulary(draft: Draft) -> None:
                 )
         return
     if vocabulary.assumed:
-        draft.warn("vocab_file", f"{file} is not there yet; {size:,} ids are assumed from its name")
+        if file is None:
+            draft.warnings.append(f"vocab_file is not set; {size:,} ids are assumed, as {kind} usually has")
+        else:
+            draft.warn("vocab_file", f"{file} is not there yet; {size:,} ids are assumed from its name")
     draft.derive("vocab_size", size, "vocab_file")
     divisor = draft["make_vocab_size_divisible_by"] * draft["model_parallel_size"]
     draft.derive("padded_vocab_size", round_up(size, divisor), "the tokenizer and make_vocab_size_divisible_by")
@@ -189,32 +216,43 @@ def derive_optimizer(draft: Draft) -> None:
     if block is None:
         return
     draft.derive("optimizer_type", block.type, "optimizer.type")
-    if block.type != "adam":
+    kind = OPTIMIZER_PARAMS.get(block.type)
+    if kind is None:
         return
-    params: dict[str, Any] = dict(block.params)
     try:
-        adam = AdamParams.model_validate(params)
+        params = kind.model_validate(block.params)
     except ValidationError as error:
         for item in error.errors():
+            dotted = ".".join(("optimizer.params", *(str(part) for part in item["loc"])))
             name = str(item["loc"][0])
             if item["type"] == "extra_forbidden":
-                text = f"is no parameter of Adam.{did_you_mean(name, AdamParams.model_fields)} Known: {', '.join(AdamParams.model_fields)}."
+                known = [field for field in kind.model_fields if field != "max_grad_norm"]
+                text = f"is no parameter of {block.type}.{did_you_mean(name, known)} Known: {', '.join(known)}."
+                draft.problem(dotted, f"{dotted} {text}")
             else:
-                text = f"= {item['input']}: {item['msg']}."
-            draft.problem(f"optimizer.params.{name}", f"optimizer.params.{name} {text}")
-        draft.failed.update({"lr", "betas", "eps"})
-        return
-    for name in ("lr", "betas", "eps"):
-        draft.derive(name, getattr(adam, name), "optimizer.params" if name in params else "the optimizer's default")
-    if adam.weight_decay is not None:
-        if draft.is_given("weight_decay") and draft["weight_decay"] != adam.weight_decay:
+                draft.problem(dotted, plain_message(dotted, item, kind))
+        raise SkipRule from error
+    for name in ("lr", "betas", "eps", "momentum"):
+        if name in kind.model_fields:
+            draft.derive(
+                name,
+                getattr(params, name),
+                f"optimizer.params.{name}" if name in block.params else "the optimizer's default",
+            )
+    if params.max_grad_norm is not None:
+        draft.warn(
+            "optimizer.params.max_grad_norm",
+            "max_grad_norm has no effect, upstream ignores it too; gradient_clipping is the key",
+        )
+    if params.weight_decay is not None:
+        if draft.is_given("weight_decay") and draft["weight_decay"] != params.weight_decay:
             draft.fail(
                 "optimizer.params.weight_decay",
-                f"optimizer.params.weight_decay = {adam.weight_decay} contradicts weight_decay = {draft['weight_decay']} "
+                f"optimizer.params.weight_decay = {params.weight_decay} contradicts weight_decay = {draft['weight_decay']} "
                 f"({draft.place('weight_decay')}). Keep one of the two.",
             )
-        draft.derive("weight_decay", adam.weight_decay, "optimizer.params.weight_decay")
-    if "lr" not in params:
+        draft.derive("weight_decay", params.weight_decay, "optimizer.params.weight_decay")
+    if "lr" not in block.params:
         draft.warn("optimizer", "optimizer.params.lr is not set; 0.001 is used")
 
 
@@ -244,7 +282,7 @@ DERIVATIONS = (
     (derive_ffn, ("ffn_size",)),
     (derive_attention, ()),
     (derive_vocabulary, ("vocab_size", "padded_vocab_size")),
-    (derive_optimizer, ("optimizer_type", "lr", "betas", "eps")),
+    (derive_optimizer, ("optimizer_type", "lr", "betas", "eps", "momentum")),
     (derive_schedule, ("lr_decay_iters",)),
     (derive_generation, ("text_gen_type",)),
 )

@@ -61,4 +61,8 @@ def _dataset_problems(config: Config, key: str, prefix: str) -> list[str]:
 
 def _place(config: Config, key: str) -> str:
     origin = config.origin(key)
-    return origin if origin not in ("default", "not set") else " + ".join(config.files) or "configuration"
+    return (
+        origin
+        if origin not in ("default", "not set")
+        else " + ".join(file.path for file in config.files) or "configuration"
+    )

@@ -18,7 +18,7 @@ from megatron.config.draft import Draft, did_you_mean
 from megatron.config.files import require_inputs
 from megatron.config.layout import Machine, derive_batch, derive_world
 from megatron.config.messages import plain_message
-from megatron.config.resolved import Config
+from megatron.config.resolved import Config, SourceFile
 from megatron.config.rules import RULES
 from megatron.config.schema import FIELDS, SECTION_OF, SECTIONS, field_extra
 from megatron.config.source import Source, read_source
@@ -185,10 +185,6 @@ def _freeze(draft: Draft, sources: list[Source]) -> Config:
         title: section.model_construct(**{name: draft[name] for name in section.model_fields})
         for title, section in SECTIONS.items()
     }
-    files: dict[str, str] = {}
-    for source in sources:
-        base = Path(source.name).name
-        # Two files of one name in different folders keep their whole paths.
-        files[source.name if base in files else base] = source.text
+    files = tuple(SourceFile(source.name, source.text) for source in sources)
     origins = {name: place for name, place in draft.origins.items() if name.split(".")[0] in SECTION_OF}
     return Config(**sections, files=files, origins=origins, warnings=tuple(draft.warnings))  # type: ignore[arg-type]

@@ -30,6 +30,7 @@ from megatron.config.schema import (
     ParallelSection,
     PrecisionSection,
     ScheduleSection,
+    Section,
     TokenizerSection,
     TrainingSection,
     ZeroSection,
@@ -39,10 +40,18 @@ FORMAT = 1
 
 
 @dataclass(frozen=True)
+class SourceFile:
+    """One configuration file, verbatim."""
+
+    path: str
+    text: str
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything a run is asked to do. Sections are frozen; their fields are upstream's keys.
 
-    files: basename -> the file's text as it was, for checkpoints.
+    files: the files as they were, for checkpoints.
     origins: key -> "file:line", "command line" or "derived from ..."; absent for a default.
     warnings: what the user should know, each with its place.
     """
@@ -63,7 +72,7 @@ class Config:
     evaluation: EvaluationSection
     launcher: LauncherSection
     deepspeed: DeepSpeedSection
-    files: dict[str, str] = field(default_factory=dict)
+    files: tuple[SourceFile, ...] = ()
     origins: dict[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
@@ -85,8 +94,8 @@ class Config:
         """Write the configuration as JSON, in one step."""
         content = {
             "format": FORMAT,
-            "sections": {title: getattr(self, title).model_dump(mode="json") for title in SECTIONS},
-            "files": self.files,
+            "sections": {title: _write_section(getattr(self, title)) for title in SECTIONS},
+            "files": [dataclasses.asdict(file) for file in self.files],
             "origins": self.origins,
             "warnings": list(self.warnings),
         }
@@ -101,9 +110,10 @@ class Config:
                 title: section.model_validate(content["sections"][title]) for title, section in SECTIONS.items()
             }
             assert content["format"] == FORMAT
-            rest = {name: content[name] for name in ("files", "origins")}
-            return cls(**sections, **rest, warnings=tuple(content["warnings"]))  # type: ignore[arg-type]
-        except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+            files = tuple(SourceFile(**file) for file in content["files"])
+            origins, warnings = dict(content["origins"]), tuple(content["warnings"])
+            return cls(**sections, files=files, origins=origins, warnings=warnings)  # type: ignore[arg-type]
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"{path}: not a resolved configuration of this version ({error}). Give YAML files instead: train.py my.yml"
             ) from error
@@ -123,7 +133,6 @@ class Config:
         Checkpoints load at any layout, so tensor parallelism alone stays as it was.
         """
         tp = self.parallel.model_parallel_size
-        assert self.parallel.world_size is not None
         dp = data_parallel_size or max(1, self.parallel.world_size // tp)
         micro = self.batch.train_micro_batch_size_per_gpu or 1
         return self.replace(
@@ -138,7 +147,7 @@ class Config:
 
     def require_training(self) -> None:
         """Refuse a configuration that lacks what only training needs. Raises: ConfigError naming all that is missing."""
-        place = " + ".join(self.files) or "configuration"
+        place = " + ".join(file.path for file in self.files) or "configuration"
         missing = []
         if not self.training.train_iters:
             missing.append(f"{place}: train_iters is missing or 0. Set train_iters to the number of optimizer steps.")
@@ -153,3 +162,16 @@ class Config:
             )
         if missing:
             raise ConfigError("\n".join(missing))
+
+
+def _write_section(section: Section) -> dict[str, Any]:
+    """JSON-ready values; of blocks such as zero_optimization only what was set, so that reading gives the same block."""
+    return {
+        name: value for name, value in section.model_dump(mode="json", exclude_unset=True).items() if value is not None
+    }
+
+
+def _read_section(title: str, values: dict[str, Any]) -> Section:
+    kind = SECTIONS[title]
+    typed = kind.model_validate(values)
+    return kind.model_construct(**{name: getattr(typed, name) for name in kind.model_fields})

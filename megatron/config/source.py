@@ -75,7 +75,10 @@ def parse_source(name: str, text: str) -> Source:
     if root is None:
         return source
     if not isinstance(root, yaml.MappingNode):
-        raise ConfigError(f"{name}:1: holds a {root.id}, not `key: value` pairs. Write one `key: value` per line.")
+        kind = "list" if isinstance(root, yaml.SequenceNode) else "single value"
+        raise ConfigError(
+            f"{name}:{root.start_mark.line + 1}: holds a {kind}, not `key: value` pairs. Write one `key: value` per line."
+        )
     values = _Builder(source).mapping(root, "", normalise=True)
     source.values.update(values)
     return source

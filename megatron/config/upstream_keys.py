@@ -29,9 +29,20 @@ NO_EFFECT: dict[str, tuple[Any, str]] = {
     "attention_softmax_in_fp32": (False, "attention always computes its softmax in fp32 here"),
     "rotary_save_freqs_buffer": (False, "rotary tables are computed, never stored in checkpoints"),
     "use_cpu_initialization": (False, "weights are the same at every layout and are drawn a shard at a time"),
+    "checkpoint_num_layers": (1, "every block is recomputed on its own; the results are the same"),
     "synchronize_each_layer": (False, "it only serves upstream's checkpointing code"),
     "contiguous_checkpointing": (False, "it only serves upstream's checkpointing code"),
     "deepspeed_activation_checkpointing": (True, "checkpoint_activations alone decides"),
+    "partition_activations": (
+        False,
+        "recomputed activations stay whole on each rank; the results are the same, memory is higher",
+    ),
+    "checkpoint_in_cpu": (
+        False,
+        "recomputed activations stay on the device; the results are the same, memory is higher",
+    ),
+    "sequence_parallel": (False, "norms are computed on every tensor rank; the results are the same, memory is higher"),
+    "log_grad_norm": (False, "the global gradient norm is always logged; per-parameter norms are not there yet"),
     "profile_backward": (False, "it only serves upstream's checkpointing code"),
     "use_shared_fs": (True, "index caches are locked and atomic, on shared and on local disks alike"),
     "distributed_backend": ("nccl", "nccl is used on CUDA and gloo on a CPU"),
@@ -92,7 +103,6 @@ NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
     ),
     **dict.fromkeys(("sparse_attention", "sparsity_config"), ((None,), "sparse attention")),
     **dict.fromkeys(("sparse_gradients", "use_bnb_optimizer", "fp16_lm_cross_entropy"), ((False,), "this option")),
-    **dict.fromkeys(("partition_activations", "checkpoint_in_cpu"), ((False,), "divided or offloaded activations")),
     **dict.fromkeys(("use_qk_layernorm",), ((False,), "normalised queries and keys")),
     "sliding_window_width": ((None,), "sliding-window attention"),
     "soft_prompt_tuning": ((None,), "soft prompts"),
@@ -113,7 +123,6 @@ NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
     **dict.fromkeys(("moe_num_experts", "moe_expert_interval", "moe_top_k"), ((1,), _MOE)),
     "moe_router_type": (("sinkhorn",), _MOE),
     "moe_jitter_eps": ((None,), _MOE),
-    "train_epochs": ((None,), "counting in epochs; set train_iters"),
     "s3_path": ((None,), "S3 storage"),
     "checkpoint_validation_with_forward_pass": ((False,), "this check"),
     "char_level_ppl": ((False,), "perplexity per character"),
@@ -137,9 +146,7 @@ NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
     "online_dataserver_ips": (("localhost",), _POST),
     "online_dataserver_ports": ((10000,), _POST),
     "serve_model_weights": ((False,), "serving weights to another process"),
-    **dict.fromkeys(
-        ("log_grad_pct_zeros", "log_param_norm", "log_grad_norm", "log_optimizer_states"), ((False,), "this statistic")
-    ),
+    **dict.fromkeys(("log_grad_pct_zeros", "log_param_norm", "log_optimizer_states"), ((False,), "this statistic")),
     "log_gradient_noise_scale": ((False,), "the gradient noise scale"),
     **dict.fromkeys(("memory_profiling", "profile"), ((False,), _PROFILE)),
     "autotuning_run": ((None,), "autotuning"),
@@ -148,11 +155,10 @@ NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
 
 NOT_YET_VALUES: dict[str, tuple[tuple[Any, ...], str]] = {
     # key of the schema: (values that work, what to do meanwhile)
-    "sequence_parallel": ((False,), "Remove it; results are the same, memory is higher."),
     "pack_impl": (("packed",), "Use packed."),
     "dataset_impl": (("gpt2",), "Use gpt2."),
-    "optimizer_type": (("adam",), "Use Adam."),
-    "fp32_allreduce": ((False,), "Remove it."),
+    "optimizer_type": (("adam", "sgd", "lion"), "Use Adam, SGD or Lion."),
+    "train_epochs": ((None,), "Set train_iters."),
 }
 
 SET_BY_PROGRAM: dict[str, str] = {

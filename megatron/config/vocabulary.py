@@ -16,6 +16,8 @@ WELL_KNOWN_FILES = {
     "gpt2-vocab.json": 50257,
     "vocab.json": 50257,
 }
+# What a model file without its data file means: GPT-2's vocabulary, GPT-NeoX-20B's.
+USUAL_SIZES = {"GPT2BPETokenizer": 50257, "HFTokenizer": 50277}
 TIKTOKEN_ENCODINGS = {
     "gpt2": 50257,
     "r50k_base": 50257,
@@ -46,7 +48,7 @@ def vocabulary_of(tokenizer_type: str, vocab_file: str | None) -> Vocabulary:
     if tokenizer_type == "HFGPT2Tokenizer" and (vocab_file is None or vocab_file in HF_NAMES):
         return Vocabulary(HF_NAMES[vocab_file or "gpt2"])
     if vocab_file is None:
-        return Vocabulary(None)
+        return Vocabulary(USUAL_SIZES.get(tokenizer_type), assumed=True)
     path = Path(vocab_file)
     if path.is_dir() and tokenizer_type == "HFGPT2Tokenizer":
         path = path / "vocab.json"

@@ -28,12 +28,10 @@ InitMethod = Literal[
 class ModelSection(Section):
     """The architecture."""
 
-    num_layers: Int | None = key(None, "Transformer blocks. Required.", gt=0)
-    hidden_size: Int | None = key(
-        None, "Width of the residual stream. Required; a multiple of num_attention_heads.", gt=0
-    )
-    num_attention_heads: Int | None = key(None, "Query heads. Required; a multiple of model_parallel_size.", gt=0)
-    num_kv_heads: Int | None = key(
+    num_layers: Int = key(None, "Transformer blocks. Required.", gt=0)
+    hidden_size: Int = key(None, "Width of the residual stream. Required; a multiple of num_attention_heads.", gt=0)
+    num_attention_heads: Int = key(None, "Query heads. Required; a multiple of model_parallel_size.", gt=0)
+    num_kv_heads: Int = key(
         None,
         "Key and value heads (grouped-query attention). Unset: as many as query heads. "
         "Divides num_attention_heads and is a multiple of model_parallel_size.",
@@ -49,14 +47,14 @@ class ModelSection(Section):
     expansion_factor: Float | None = key(
         None, "Feed-forward width as a multiple of hidden_size, in place of intermediate_size.", gt=0
     )
-    ffn_size: Int | None = key(
+    ffn_size: Int = key(
         None,
         "Width between the two feed-forward matrices after all arithmetic.",
         derived="intermediate_size or expansion_factor",
         ours=True,
     )
-    seq_length: Int | None = key(None, "Length of a training sequence. Required.", unit="tokens", gt=0)
-    max_position_embeddings: Int | None = key(
+    seq_length: Int = key(None, "Length of a training sequence. Required.", unit="tokens", gt=0)
+    max_position_embeddings: Int = key(
         None, "Longest sequence the model is made for; at least seq_length. Unset: seq_length.", unit="tokens", gt=0
     )
     norm: Literal["layernorm", "rmsnorm"] = key("layernorm", "Normalisation of every block and of the output.")
@@ -80,7 +78,7 @@ class ModelSection(Section):
     )
     use_bias_in_attn_linear: Bool = key(True, "Biases on query_key_value and on attention's output matrix.")
     use_bias_in_mlp: Bool = key(True, "Biases on the feed-forward matrices.")
-    attention_config: list[Any] | None = key(
+    attention_config: list[Any] = key(
         None,
         'Attention of each layer, `[[["flash"], "all"]]` or one name per layer. global and flash are both exact causal '
         "attention, computed by the fastest kernel at hand. Unset: global everywhere.",
@@ -105,5 +103,4 @@ class ModelSection(Section):
     @property
     def head_dim(self) -> int:
         """Width of one head."""
-        assert self.hidden_size and self.num_attention_heads
         return self.hidden_size // self.num_attention_heads

@@ -5,7 +5,7 @@ Invariant: changing any of these, the batch triple aside, changes the result by 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from megatron.config.schema.base import Block, Bool, Float, Int, Section, key
 
@@ -18,14 +18,11 @@ class ParallelSection(Section):
     pipe_partition_method: str = key(
         "type:transformer|mlp", "How layers are dealt to pipeline stages: type:<regex>, parameters or uniform."
     )
-    sequence_parallel: Bool = key(
-        False, "Also divide norms and dropouts along the sequence over the tensor-parallel ranks."
-    )
     global_num_gpus: Int | None = key(
         None, "Processes in all. Unset: from the hosts, the GPUs found, or cpu_processes.", ge=1
     )
-    world_size: Int | None = key(None, "Processes in all.", derived="global_num_gpus, num_gpus or cpu_processes")
-    data_parallel_size: Int | None = key(
+    world_size: Int = key(None, "Processes in all.", derived="global_num_gpus, num_gpus or cpu_processes")
+    data_parallel_size: Int = key(
         None, "Replicas of the model.", derived="global_num_gpus, pipe_parallel_size and model_parallel_size", ours=True
     )
 
@@ -43,17 +40,17 @@ class ParallelSection(Section):
 class BatchSection(Section):
     """The batch triple: train_batch_size = train_micro_batch_size_per_gpu * gradient_accumulation_steps * dp."""
 
-    train_batch_size: Int | None = key(
+    train_batch_size: Int = key(
         None, "Sequences per optimizer step over all processes.", unit="sequences", deepspeed="train_batch_size", gt=0
     )
-    train_micro_batch_size_per_gpu: Int | None = key(
+    train_micro_batch_size_per_gpu: Int = key(
         None,
         "Sequences per forward pass of one replica.",
         unit="sequences",
         deepspeed="train_micro_batch_size_per_gpu",
         gt=0,
     )
-    gradient_accumulation_steps: Int | None = key(
+    gradient_accumulation_steps: Int = key(
         None,
         "Forward passes per optimizer step. Unset: solved from the other two, or 1.",
         deepspeed="gradient_accumulation_steps",
@@ -62,10 +59,10 @@ class BatchSection(Section):
 
 
 class Fp16Block(Block):
-    """DeepSpeed's loss scaling. `type` and `fp16` are remnants in old files and carry no meaning."""
+    """DeepSpeed's loss scaling."""
 
     enabled: Bool = key(True, "Train in fp16.")
-    type: str | None = key(None, "Remnant of old files; only fp16 is possible.")
+    type: str | None = key(None, "Remnant of old files: fp16, or bfloat16 to mean precision: bfloat16.")
     fp16: Bool | None = key(None, "Remnant of old files; only true is possible.")
     auto_cast: Bool | None = key(None, "Cast floating-point inputs to fp16.")
     loss_scale: Float = key(0, "Fixed loss scale; 0 means dynamic.", ge=0)
@@ -83,10 +80,17 @@ class Bf16Block(Block):
     immediate_grad_update: Bool | None = key(None, "Passed to DeepSpeed.")
 
 
+if TYPE_CHECKING:
+    # What a loaded configuration holds; `auto` is only ever written in a file.
+    Precision = Literal["fp32", "fp16", "bfloat16"]
+else:
+    Precision = Literal["fp32", "fp16", "bfloat16", "auto"]
+
+
 class PrecisionSection(Section):
     """Number formats. All ways of saying it end in one resolved `precision`."""
 
-    precision: Literal["fp32", "fp16", "bfloat16", "auto"] | None = key(
+    precision: Precision = key(
         None,
         "Number format of weights and activations; auto is bfloat16 on CUDA and fp32 on a CPU. "
         "Unset: what the fp16 or bf16 block says, else fp32.",
@@ -144,12 +148,11 @@ class ZeroSection(Section):
         "ZeRO's block. Unset: stage 0, which runs as stage 1 (same result, less memory).",
         deepspeed="zero_optimization",
     )
-    zero_stage: Int | None = key(None, "The stage that runs.", derived="zero_optimization.stage")
+    zero_stage: Int = key(None, "The stage that runs.", derived="zero_optimization.stage")
 
     @property
     def stage(self) -> int:
         """The stage that runs: 1, 2 or 3."""
-        assert self.zero_stage is not None
         return self.zero_stage
 
 

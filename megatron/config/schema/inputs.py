@@ -30,8 +30,8 @@ class TokenizerSection(Section):
     make_vocab_size_divisible_by: Int = key(
         128, "The vocabulary is padded to a multiple of this times model_parallel_size.", gt=0
     )
-    padded_vocab_size: Int | None = key(None, "Rows of the embedding. Unset: the tokenizer's vocabulary, padded.", gt=0)
-    vocab_size: Int | None = key(None, "Ids that the tokenizer knows.", derived="vocab_file", ours=True)
+    padded_vocab_size: Int = key(None, "Rows of the embedding. Unset: the tokenizer's vocabulary, padded.", gt=0)
+    vocab_size: Int = key(None, "Ids that the tokenizer knows.", derived="vocab_file", ours=True)
 
 
 class DataSection(Section):

@@ -28,9 +28,12 @@ class OptimizerSection(Section):
         1.0, "Largest global gradient norm; 0 turns clipping off.", deepspeed="gradient_clipping", ge=0
     )
     optimizer_type: str = key("adam", "The optimizer that runs.", derived="optimizer.type")
-    lr: Float | None = key(None, "Peak learning rate.", derived="optimizer.params.lr")
-    betas: tuple[Float, Float] = key((0.9, 0.999), "Adam's decay rates.", derived="optimizer.params.betas", ours=True)
+    lr: Float = key(None, "Peak learning rate.", derived="optimizer.params.lr")
+    betas: tuple[Float, Float] = key(
+        (0.9, 0.999), "Decay rates of the moments.", derived="optimizer.params.betas", ours=True
+    )
     eps: Float = key(1e-8, "Added to Adam's denominator.", derived="optimizer.params.eps", ours=True)
+    momentum: Float = key(0.0, "SGD's momentum.", derived="optimizer.params.momentum", ours=True)
 
     @property
     def type(self) -> str:
@@ -42,7 +45,7 @@ class ScheduleSection(Section):
     """The learning rate over steps."""
 
     lr_decay_style: Literal["constant", "linear", "cosine", "exponential"] = key("linear", "Shape after warm-up.")
-    lr_decay_iters: Int | None = key(
+    lr_decay_iters: Int = key(
         None, "Steps until min_lr is reached. Unset: lr_decay_fraction * train_iters.", unit="steps", gt=0
     )
     lr_decay_fraction: Float | None = key(None, "lr_decay_iters as a part of train_iters. Unset: 1.", gt=0, le=1)
@@ -56,6 +59,7 @@ class TrainingSection(Section):
     """The run."""
 
     train_iters: Int | None = key(None, "Optimizer steps. Required for training.", unit="steps", ge=0)
+    train_epochs: Int | None = key(None, "Passes over the training data, in place of train_iters.", gt=0)
     eval_interval: Int = key(1000, "Validate every so many steps.", unit="steps", gt=0)
     eval_iters: Int = key(100, "Batches of train_batch_size sequences per validation and per test.", ge=0)
     exit_interval: Int | None = key(None, "Save and stop at the next multiple of this.", unit="steps", gt=0)
@@ -67,4 +71,3 @@ class TrainingSection(Section):
         ours=True,
     )
     checkpoint_activations: Bool = key(False, "Recompute activations in the backward pass to save memory.")
-    checkpoint_num_layers: Int = key(1, "Layers per recomputed group.", gt=0)

@@ -35,7 +35,7 @@ class ObserveSection(Section):
     log_interval: Int = key(100, "Steps between progress lines.", unit="steps", gt=0)
     log_dir: str | None = key(None, "Folder of the run's log and of its JSONL metrics.")
     tensorboard_dir: str | None = key(None, "Write TensorBoard files here.")
-    use_wandb: Bool | None = key(None, "Log to W&B. Unset: no.")
+    use_wandb: Bool | None = key(None, "Log to W&B. Unset: yes if an API key is found.")
     wandb_project: str = key("neox", "W&B project.")
     wandb_group: str | None = key(None, "W&B group.")
     wandb_run_name: str | None = key(None, "W&B run name.")

@@ -1,0 +1,49 @@
+"""Floating-point operations of one training token, a term for each matrix product.
+
+A product of [m, k] and [k, n] costs 2 m k n. The backward pass costs twice the forward pass: one product for the input's
+gradient, one for the weight's. Per token and layer, with H hidden, D head width, N and G query and kv heads, F feed-forward
+width, S sequence, V vocabulary rows:
+
+    query_key_value   2 H (N + 2 G) D
+    scores            2 S N D            q k^T; counted over the whole sequence, as is usual in utilisation figures,
+    weighted_values   2 S N D            although causal kernels skip about half of both
+    attention_output  2 N D H
+    feed_forward      2 H F * 2          * 3 with a gated activation
+    vocabulary        2 H V              once, not per layer
+
+Norms, rotations, activations, the softmax and the optimizer are left out; recomputed activations are not counted, so a
+utilisation made from this is that of the model (MFU), not of the hardware. Invariant: no term depends on the layout.
+Source: Kaplan et al. 2020 (arXiv 2001.08361) section 2.1 and Chowdhery et al. 2022 (arXiv 2204.02311) appendix B.
+"""
+
+from __future__ import annotations
+
+from megatron.config.plan.parameters import require_vocabulary
+from megatron.config.resolved import Config
+
+FORWARD_AND_BACKWARD = 3
+
+
+def flops_terms(config: Config) -> dict[str, int]:
+    """Forward FLOPs of one token over all layers, by term. Raises: ConfigError if the vocabulary's size is not known."""
+    model, rows = config.model, config.tokenizer.padded_vocab_size
+    hidden, heads, kv_heads, ffn = model.hidden_size, model.num_attention_heads, model.num_kv_heads, model.ffn_size
+    layers, sequence = model.num_layers, model.seq_length
+    if rows is None:
+        raise ConfigError(
+            "the size of the vocabulary is not known. Make the tokenizer first, or set padded_vocab_size."
+        )
+    width = heads * model.head_dim
+    return {
+        "query_key_value": layers * 2 * hidden * (heads + 2 * kv_heads) * model.head_dim,
+        "scores": layers * 2 * sequence * width,
+        "weighted_values": layers * 2 * sequence * width,
+        "attention_output": layers * 2 * width * hidden,
+        "feed_forward": layers * 2 * hidden * ffn * (3 if model.is_gated else 2),
+        "vocabulary": 2 * hidden * rows,
+    }
+
+
+def flops_per_token(config: Config) -> int:
+    """FLOPs of one training token, forward and backward, over all devices together."""
+    return FORWARD_AND_BACKWARD * sum(flops_terms(config).values())
