@@ -29,5 +29,5 @@ def rank_pool() -> Iterator[RankPool]:
 
 @pytest.fixture(scope="session")
 def ranks(rank_pool: RankPool) -> Callable[..., list[Any]]:
-    """`ranks(function, world_size, *args, timeout=60, deepspeed=False)`: each rank's result, see `RankPool.run_ranks`."""
+    """`ranks(function, world_size, *args, timeout=60, deepspeed=False)`: see `RankPool.run_ranks`."""
     return rank_pool.run_ranks
