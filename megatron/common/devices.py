@@ -45,3 +45,13 @@ def _count_installed(device_folder: Path) -> int:
         answer = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=10, check=False)
         return sum(line.startswith("GPU ") for line in answer.stdout.splitlines())
     return 0
+
+
+def count_cores() -> int:
+    """CPU cores that this process may use: its affinity, within the container's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
+        return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):
+        return cores

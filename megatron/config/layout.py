@@ -18,10 +18,12 @@ class Machine:
     """What the caller knows about the processes. devices: their number, overriding everything else.
 
     planning: a layout larger than this machine is no error; the smallest world that fits it is taken.
+    single_replica: as many processes as one replica needs, whatever else is set.
     """
 
     devices: int | None = None
     planning: bool = False
+    single_replica: bool = False
 
 
 def derive_world(draft: Draft, machine: Machine) -> None:
@@ -54,6 +56,8 @@ def _count_processes(draft: Draft, machine: Machine, gpus: int, replica: int) ->
     """Processes, where the number comes from, and whether someone asked for exactly it."""
     if machine.devices is not None:
         return machine.devices, "given by the launcher", True
+    if machine.single_replica:
+        return replica, "one replica", True
     if draft.is_given("global_num_gpus"):
         return draft["global_num_gpus"], "global_num_gpus", True
     per_host = draft["num_gpus"]

@@ -25,6 +25,14 @@ from megatron.config.source import Source, read_source
 from megatron.config.upstream_keys import EVERY_OTHER_KEY, NO_EFFECT, NOT_YET, NOT_YET_VALUES, SET_BY_PROGRAM
 
 COMMAND_LINE = "command line"
+INFERENCE: dict[str, Any] = {
+    "pipe_parallel_size": 1,
+    "train_batch_size": None,
+    "gradient_accumulation_steps": None,
+    "zero_optimization": None,
+    "checkpoint_activations": False,
+    "no_load_optim": True,
+}
 
 
 def load(
@@ -34,6 +42,8 @@ def load(
     conf_dir: str | Path | None = None,
     devices: int | None = None,
     planning: bool = False,
+    inference: bool = False,
+    single_replica: bool = False,
     require_files: bool = False,
 ) -> Config:
     """Read and resolve a configuration.
@@ -43,6 +53,9 @@ def load(
     conf_dir: folder that the file names are relative to.
     devices: the number of processes, where the caller knows it.
     planning: accept a layout that is larger than this machine.
+    inference: for generation and evaluation: one pipeline stage (checkpoints load at any layout), no optimizer states, no
+        recomputation; the batch per step is not looked at.
+    single_replica: just the processes that one replica of the model needs.
     require_files: also require the tokenizer's file and the datasets to be there (raises DataError).
 
     Raises: ConfigError listing all problems.
@@ -51,11 +64,13 @@ def load(
     problems = [problem for source in sources for problem in source.problems]
     merged, origins = _merge(sources, problems)
     _apply_overrides(merged, origins, overrides or {})
+    if inference:
+        _apply_overrides(merged, origins, INFERENCE, "generation and evaluation")
     draft = Draft({}, set(), origins, [source.name for source in sources])
     draft.problems = problems
     _sort_names(draft, merged)
     _coerce(draft, merged)
-    _derive(draft, Machine(devices, planning))
+    _derive(draft, Machine(devices, planning, single_replica))
     for rule in RULES:
         draft.run(rule)
     if draft.problems:
@@ -101,7 +116,9 @@ def _merge(sources: list[Source], problems: list[str]) -> tuple[dict[str, Any], 
     return values, origins
 
 
-def _apply_overrides(values: dict[str, Any], origins: dict[str, str], overrides: Mapping[str, Any]) -> None:
+def _apply_overrides(
+    values: dict[str, Any], origins: dict[str, str], overrides: Mapping[str, Any], where: str = COMMAND_LINE
+) -> None:
     for dotted, value in overrides.items():
         name, *rest = dotted.split(".")
         name = name.replace("-", "_")
@@ -109,15 +126,15 @@ def _apply_overrides(values: dict[str, Any], origins: dict[str, str], overrides:
             values[name] = value
             for key in [key for key in origins if key.startswith(f"{name}.")]:
                 del origins[key]
-            origins[name] = f"{COMMAND_LINE} ({name})"
+            origins[name] = f"{where} ({name})"
             continue
         block = values[name] = dict(values[name]) if isinstance(values.get(name), dict) else {}
         for part in rest[:-1]:
             block[part] = dict(block[part]) if isinstance(block.get(part), dict) else {}
             block = block[part]
         block[rest[-1]] = value
-        origins[".".join([name, *rest])] = f"{COMMAND_LINE} ({dotted})"
-        origins.setdefault(name, f"{COMMAND_LINE} ({dotted})")
+        origins[".".join([name, *rest])] = f"{where} ({dotted})"
+        origins.setdefault(name, f"{where} ({dotted})")
 
 
 def _sort_names(draft: Draft, values: dict[str, Any]) -> None:

@@ -119,31 +119,12 @@ class Config:
             ) from error
 
     def replace(self, **values: Any) -> Config:
-        """A copy with some keys changed, unchecked; for derivations such as `for_inference` and for tests."""
+        """A copy with some keys changed, unchecked; for tests."""
         changed: dict[str, dict[str, Any]] = {}
         for key, value in values.items():
             changed.setdefault(SECTION_OF[key], {})[key] = value
         sections = {title: getattr(self, title).model_copy(update=update) for title, update in changed.items()}
         return dataclasses.replace(self, **sections)  # type: ignore[arg-type]
-
-    def for_inference(self, data_parallel_size: int | None = None) -> Config:
-        """The same model on one pipeline stage, without optimizer states or recomputation.
-
-        data_parallel_size: replicas; unset, all processes are used, so that pipeline ranks become replicas.
-        Checkpoints load at any layout, so tensor parallelism alone stays as it was.
-        """
-        tp = self.parallel.model_parallel_size
-        dp = data_parallel_size or max(1, self.parallel.world_size // tp)
-        micro = self.batch.train_micro_batch_size_per_gpu or 1
-        return self.replace(
-            pipe_parallel_size=0,
-            data_parallel_size=dp,
-            world_size=tp * dp,
-            train_batch_size=micro * dp,
-            gradient_accumulation_steps=1,
-            checkpoint_activations=False,
-            no_load_optim=True,
-        )
 
     def require_training(self) -> None:
         """Refuse a configuration that lacks what only training needs. Raises: ConfigError naming all that is missing."""

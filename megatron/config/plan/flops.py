@@ -29,10 +29,7 @@ def flops_terms(config: Config) -> dict[str, int]:
     model, rows = config.model, config.tokenizer.padded_vocab_size
     hidden, heads, kv_heads, ffn = model.hidden_size, model.num_attention_heads, model.num_kv_heads, model.ffn_size
     layers, sequence = model.num_layers, model.seq_length
-    if rows is None:
-        raise ConfigError(
-            "the size of the vocabulary is not known. Make the tokenizer first, or set padded_vocab_size."
-        )
+    require_vocabulary(config)
     width = heads * model.head_dim
     return {
         "query_key_value": layers * 2 * hidden * (heads + 2 * kv_heads) * model.head_dim,

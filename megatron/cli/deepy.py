@@ -1,0 +1,119 @@
+"""deepy.py: resolve the configuration, then plan, print or start the processes. Never imports torch.
+
+Invariant: whatever is wrong with the configuration or the files it names is said before any process starts.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron.common.errors import ConfigError
+from megatron.common.rank import starter_of
+from megatron.config import Config, load, require_inputs
+from megatron.config.draft import did_you_mean
+from megatron.config.plan import plan_text
+from megatron.launch.arguments import Parser, add_flags, overrides_of
+from megatron.launch.commands import rank_commands
+from megatron.launch.spawn import run_ranks
+
+INFERENCE_SCRIPTS = ("generate", "evaluate", "eval")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. Returns the exit code; raises MegatronError for what the user can mend."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = Parser(prog="deepy.py", description="Start a script on every process of a run.", allow_abbrev=False)
+    parser.add_argument("user_script", help="train.py, generate.py, evaluate.py or your own")
+    parser.add_argument("conf_file", nargs="+", help="configuration files; .yml is appended where it is missing")
+    parser.add_argument(
+        "--plan", action="store_true", help="print layout, parameters, memory, FLOPs and tokens; start nothing"
+    )
+    parser.add_argument("--gpus", type=int, metavar="N", help="with --plan: plan for N GPUs")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print each rank's command and environment; start nothing"
+    )
+    parser.add_argument("--write-config", metavar="FILE", help="with --dry-run: write the resolved configuration here")
+    parser.add_argument("--autotuning", choices=("tune", "run"), help="not supported yet")
+    add_flags(parser)
+    options = parser.parse_args(argv)
+    if options.autotuning:
+        raise ConfigError("--autotuning is not supported yet. Use --plan to see what fits.")
+    if options.gpus is not None and (options.gpus < 1 or not options.plan):
+        raise ConfigError("--gpus N needs --plan and N >= 1. For a run, set global_num_gpus or num_gpus.")
+    _require_script(options.user_script)
+    purpose = Path(options.user_script).stem
+    inference = purpose in INFERENCE_SCRIPTS
+    overrides = overrides_of(options)
+    if options.gpus is not None:
+        overrides.setdefault("device", "cuda")
+    starter = starter_of(os.environ)
+    if starter != "alone" and not (options.plan or options.dry_run):
+        # Already one of the processes of srun, mpirun or torchrun: become that rank.
+        os.execv(
+            sys.executable, [sys.executable, "-u", options.user_script, *_without_script(argv, options.user_script)]
+        )
+    config = load(
+        options.conf_file,
+        overrides,
+        conf_dir=options.conf_dir,
+        devices=options.gpus,
+        planning=options.plan,
+        inference=inference,
+        single_replica=purpose == "generate",
+    )
+    if options.plan:
+        print(plan_text(config))
+        return 0
+    for warning in config.warnings:
+        print(f"note: {warning}", file=sys.stderr)
+    if options.dry_run:
+        return _dry_run(config, options.user_script, options.write_config)
+    if purpose == "train":
+        config.require_training()
+    require_inputs(config, data=not inference)
+    return start(config, options.user_script)
+
+
+def start(config: Config, script: str) -> int:
+    """Start the script's processes and wait for them; a single one takes this process's place."""
+    folder = Path(tempfile.mkdtemp(prefix="megatron-"))
+    try:
+        file = folder / "config.json"
+        commands = rank_commands(config, script, file)
+        config.write(file)
+        if len(commands) == 1:
+            sys.stdout.flush()
+            environment = {**os.environ, **commands[0].added, "MEGATRON_REMOVE_CONFIG": str(file)}
+            os.execve(sys.executable, commands[0].arguments, environment)
+        return run_ranks(commands)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _dry_run(config: Config, script: str, config_file: str | None) -> int:
+    commands = rank_commands(config, script, config_file or "CONFIG.json")
+    if config_file:
+        config.write(config_file)
+    else:
+        print("# CONFIG.json: the resolved configuration (--write-config CONFIG.json writes it)")
+    for command in commands:
+        print(command.shell_line())
+    return 0
+
+
+def _require_script(script: str) -> None:
+    if not Path(script).is_file():
+        here = sorted(entry.name for entry in Path().glob("*.py"))
+        near = did_you_mean(Path(script).name, here) or (f" Here are: {', '.join(here)}." if here else "")
+        raise ConfigError(f"{script}: there is no such script (looked from {Path.cwd()}).{near}")
+
+
+def _without_script(argv: Sequence[str], script: str) -> list[str]:
+    arguments = list(argv)
+    arguments.remove(script)
+    return arguments

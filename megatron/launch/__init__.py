@@ -1,0 +1,1 @@
+"""A resolved configuration becomes running processes, and a process becomes its rank."""
