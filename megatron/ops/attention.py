@@ -1,7 +1,7 @@
 """Causal attention behind one signature, with backends that state what they can do.
 
 `eager` computes the softmax in fp32 and is the oracle of the others; `sdpa` is torch's fused attention. Not here:
-projections, positions, caches. Invariant: every backend gives what `eager` gives, a query that may see nothing gets zero.
+projections, positions, caches. Invariant: every backend gives what `eager` gives; a query that sees nothing gets zero.
 """
 
 from __future__ import annotations
@@ -106,7 +106,9 @@ class Attention:
         self.asked = backend
         self._chosen: dict[Request, Backend] = {}
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, training: bool = False) -> Tensor:
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, training: bool = False
+    ) -> Tensor:
         """Shapes as in `attention`. Causal without a mask; a mask alone decides what is seen (but for the window)."""
         dropout_p = self.dropout if training else 0.0
         request = Request(
@@ -132,7 +134,7 @@ def select(request: Request, asked: str = "auto") -> Backend:
         if reason is not None:
             raise ConfigError(f"attention backend {asked!r} cannot serve this model: {reason}. Use auto.")
         return backend
-    passed_over = []
+    passed_over: list[str] = []
     for backend in BACKENDS.values():
         reason = backend.lacks(request)
         if reason is None:
@@ -210,10 +212,12 @@ def _sdpa(
     G, S = k.shape[1], k.shape[2]
     is_plain = causal and T == S and mask is None and key_lengths is None and (window is None or window >= S)
     if is_plain and T > 1:
-        if G != N and not _HAS_GQA:
-            k, v = _expand(k, N), _expand(v, N)
-        shared = {"enable_gqa": True} if k.shape[1] != N else {}
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True, scale=scale, **shared)
+        if G != N and _HAS_GQA:
+            return F.scaled_dot_product_attention(
+                q, k, v, dropout_p=dropout_p, is_causal=True, scale=scale, enable_gqa=True
+            )
+        k, v = _expand(k, N), _expand(v, N)
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True, scale=scale)
     mask = visible(T, S, causal, window, mask, key_lengths, q.device)
     if G != N and T == 1 and (mask is None or mask.shape[-3] == 1):
         # The queries of a group are as good as positions of one head: keys and values are read once, and not copied.

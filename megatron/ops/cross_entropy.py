@@ -9,6 +9,7 @@ Invariant: at most `chunk_rows` rows of logits are alive at any time, in one buf
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ class VocabShard:
 
     @classmethod
     def of(cls, weight: Tensor, group: dist.ProcessGroup | None, start: int, valid_vocab: int | None) -> VocabShard:
-        """Describe `weight` [V_local, H]; `valid_vocab` counts the real ids over all ranks (None: every row is real)."""
+        """Describe `weight` [V_local, H]; `valid_vocab` counts the real ids over all ranks (None: all rows are real)."""
         size = 1 if group is None else dist.get_world_size(group)
         rows = weight.shape[0]
         total = rows * size if valid_vocab is None else valid_vocab
@@ -68,7 +69,7 @@ def linear_cross_entropy(
     Shapes: hidden [T, H]; weight [V_local, H]; labels [T] int64, global ids; loss_weight [T], not differentiated.
     Parallel: with `group`, each rank holds rows `vocab_start ...` of the head and the same hidden, labels and weights.
     Every rank gets the same loss, the whole gradient of `hidden`, and the gradient of its own rows of `weight`.
-    A label that is no real id is allowed where its weight is zero; elsewhere the loss becomes NaN, never a wrong number.
+    A label that is no real id is allowed where its weight is zero; elsewhere the loss becomes NaN, not a wrong number.
     Not differentiable twice; backward may run once.
     """
     shard = VocabShard.of(weight, group, vocab_start, valid_vocab)
@@ -124,8 +125,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if unit is not None:
                 block_weight = block_weight / unit
             head.subtract_target(probabilities, labels[part])
-            head.backward(probabilities, block, block_weight, grad_hidden[part] if wants_hidden else None, grad_weight)
-        if wants_hidden and shard.group is not None:
+            block_grad = None if grad_hidden is None else grad_hidden[part]
+            head.backward(probabilities, block, block_weight, block_grad, grad_weight)
+        if grad_hidden is not None and shard.group is not None:
             dist.all_reduce(grad_hidden, group=shard.group)
         ctx.gradients = (grad_hidden, grad_weight, unit)
         ctx.dtypes = (hidden.dtype, weight.dtype)
@@ -156,7 +158,7 @@ class _Head:
         self.shard = shard
         self.dtype = _compute_dtype(weight)
         # A GPU multiplies half matrices with an fp32 result; a CPU is exact, and no slower, on an fp32 copy.
-        self.is_half = weight.dtype != self.dtype and weight.is_cuda
+        self.is_half = weight.dtype != self.dtype and _multiplies_half(weight.device)
         self.weight = weight if self.is_half else weight.to(self.dtype)
         self.lift = FP16_LIFT if self.is_half and weight.dtype == torch.float16 else 1.0
         self.logits = weight.new_empty((rows, weight.shape[0]), dtype=self.dtype)
@@ -168,10 +170,7 @@ class _Head:
         The log of the sum comes from the largest probability, which is its exact reciprocal and never underflows.
         """
         shard, logits = self.shard, self.logits[: block.shape[0]]
-        if self.is_half:
-            torch.mm(block, self.weight.t(), out_dtype=self.dtype, out=logits)
-        else:
-            torch.mm(block.to(self.dtype), self.weight.t(), out=logits)
+        _multiply(block.to(self.weight.dtype), self.weight.t(), logits)
         if shard.valid < logits.shape[1]:
             logits[:, shard.valid :] = float("-inf")
         index, is_local = self._local(labels)
@@ -199,31 +198,28 @@ class _Head:
         probabilities.scatter_add_(1, index, -is_local.to(probabilities.dtype).unsqueeze(1))
 
     def backward(
-        self, by_logits: Tensor, block: Tensor, row_weight: Tensor, grad_hidden: Tensor | None, grad_weight: Tensor | None
+        self,
+        by_logits: Tensor,
+        block: Tensor,
+        row_weight: Tensor,
+        grad_hidden: Tensor | None,
+        grad_weight: Tensor | None,
     ) -> None:
         """Write the gradient of the block into `grad_hidden` and add that of the matrix to `grad_weight`."""
         if self.half is not None:
             by_logits = torch.mul(by_logits, self.lift, out=self.half[: by_logits.shape[0]])
         row_weight = row_weight.unsqueeze(1)
         if grad_hidden is not None:
-            if self.is_half:
-                torch.mm(by_logits, self.weight, out_dtype=self.dtype, out=grad_hidden)
-            else:
-                torch.mm(by_logits, self.weight, out=grad_hidden)
+            _multiply(by_logits, self.weight, grad_hidden)
             grad_hidden.mul_(row_weight / self.lift)
         if grad_weight is not None:
-            weighted = (block * row_weight).to(by_logits.dtype)
-            if self.is_half:
-                torch.addmm(
-                    grad_weight, by_logits.t(), weighted, alpha=1 / self.lift, out_dtype=self.dtype, out=grad_weight
-                )
-            else:
-                grad_weight.addmm_(by_logits.t(), weighted)
+            _accumulate(by_logits.t(), (block * row_weight).to(by_logits.dtype), grad_weight, 1 / self.lift)
 
     def _local(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         index = labels - self.shard.start
         is_local = (index >= 0) & (index < self.shard.valid)
-        return index.clamp(0, self.logits.shape[1] - 1).unsqueeze(1), is_local
+        # A label that is not here points at some real id: its finite number is then multiplied by a weight of zero.
+        return index.clamp(0, max(self.shard.valid, 1) - 1).unsqueeze(1), is_local
 
 
 def _token_losses(
@@ -236,6 +232,40 @@ def _token_losses(
         part = slice(start, start + chunk_rows)
         _, losses[part], is_best[part] = head.softmax(hidden[part], labels[part])
     return losses, is_best
+
+
+def _multiplies_half(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """`out = a @ b`; an fp32 `out` of half factors is not rounded in between."""
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+def _accumulate(a: Tensor, b: Tensor, out: Tensor, alpha: float) -> None:
+    """`out += alpha * a @ b`, likewise."""
+    if a.dtype == out.dtype:
+        out.addmm_(a, b, alpha=alpha)
+    elif _adds_in_place(a.device, a.dtype):
+        torch.addmm(out, a, b, alpha=alpha, out_dtype=out.dtype, out=out)
+    else:
+        out.add_(torch.mm(a, b, out_dtype=out.dtype), alpha=alpha)
+
+
+@cache
+def _adds_in_place(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this torch adds a product of halves to an fp32 matrix in one kernel (it came in several versions)."""
+    factor = torch.ones((16, 16), device=device, dtype=dtype)
+    total = torch.ones((16, 16), device=device)
+    try:
+        torch.addmm(total, factor, factor, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return bool((total == 17.0).all())
 
 
 def _compute_dtype(tensor: Tensor) -> torch.dtype:

@@ -1,7 +1,7 @@
 """Rotary positions (Su et al. 2021, arXiv 2104.09864, equation 34) in the half-split form of GPT-NeoX.
 
 The tables are fp32 in every precision: half-precision tables move the logits away from other implementations. This
-module knows no cache and no layout. Invariant: a rotation changes no norm, and the backward pass is the inverse rotation.
+module knows no cache and no layout. Invariant: a rotation changes no norm, and the backward pass is its inverse.
 """
 
 from __future__ import annotations
@@ -12,15 +12,20 @@ import torch
 from torch import Tensor
 
 
-def rotary_tables(
-    num_positions: int, rotary_dims: int, base: float = 10000.0, device: torch.device | str | None = None
-) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of `position / base^(2i / rotary_dims)`, fp32 [num_positions, rotary_dims / 2] each.
+def rotary_frequencies(rotary_dims: int, base: float = 10000.0, device: torch.device | str | None = None) -> Tensor:
+    """`base^(-2i / rotary_dims)`, fp32 [rotary_dims / 2].
 
     Source: computed in fp32 in the order that transformers' GPTNeoX uses, so that both have the same bits.
     """
     exponents = torch.arange(0, rotary_dims, 2, dtype=torch.int64, device=device).float() / rotary_dims
-    frequencies = 1.0 / (base**exponents)
+    return 1.0 / (base**exponents)
+
+
+def rotary_tables(
+    num_positions: int, rotary_dims: int, base: float = 10000.0, device: torch.device | str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of position times frequency, fp32 [num_positions, rotary_dims / 2] each."""
+    frequencies = rotary_frequencies(rotary_dims, base, device)
     angles = torch.outer(torch.arange(num_positions, dtype=torch.float32, device=device), frequencies)
     return angles.cos(), angles.sin()
 
@@ -32,24 +37,29 @@ class RotaryTable:
         self.rotary_dims = rotary_dims
         self.base = base
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._frequencies: dict[torch.device, Tensor] = {}
 
     def at(self, num_tokens: int, positions: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
         """Tables for positions 0 .. num_tokens - 1 as [T, R / 2], or for `positions` [B, T] as [B, T, R / 2].
 
-        Looking up `positions` asks for no value on the host: the caller must have called `reserve` for the longest.
+        Given positions are not looked up but computed: that needs no table of their unknown maximum, hence no
+        synchronisation with a GPU, and costs no more for the few tokens of a decoding step.
         """
-        if positions is None:
-            self.reserve(num_tokens, device)
-        cos, sin = self._tables[device]
-        if positions is None:
-            return cos[:num_tokens], sin[:num_tokens]
-        return cos[positions], sin[positions]
+        # Tables born while generating must also serve training: inference tensors cannot be saved for backward.
+        with torch.inference_mode(False), torch.no_grad():
+            if positions is None:
+                self.reserve(num_tokens, device)
+                cos, sin = self._tables[device]
+                return cos[:num_tokens], sin[:num_tokens]
+            if device not in self._frequencies:
+                self._frequencies[device] = rotary_frequencies(self.rotary_dims, self.base, device)
+            angles = positions.unsqueeze(-1).float() * self._frequencies[device]
+            return angles.cos(), angles.sin()
 
     def reserve(self, num_positions: int, device: torch.device) -> None:
-        """Make the tables cover positions below `num_positions`."""
+        """Make the tables now for positions below `num_positions`, instead of growing them later."""
         known = self._tables.get(device)
         if known is None or known[0].shape[0] < num_positions:
-            # Tables born while generating must also serve training: inference tensors cannot be saved for backward.
             with torch.inference_mode(False), torch.no_grad():
                 self._tables[device] = rotary_tables(num_positions, self.rotary_dims, self.base, device)
 
@@ -65,7 +75,7 @@ def apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
 
 
 class _Rotate(torch.autograd.Function):
-    """Measured against concatenating halves: 0.8 of the time forward and backward, and nothing but the tables is kept."""
+    """Measured against concatenating halves: 0.8 of the time both ways, and nothing but the tables is kept."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

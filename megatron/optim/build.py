@@ -28,8 +28,8 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer `type` (any case) over parameter groups that carry their own weight_decay.
 
-    adam, adamw: AdamW, decoupled weight decay (Loshchilov & Hutter 2017, arXiv 1711.05101, algorithm 2), fused where torch
-    has a fused kernel for the device. Source: upstream's `Adam` decouples too, as its fused Adam does.
+    adam, adamw: AdamW, decoupled weight decay (Loshchilov & Hutter 2017, arXiv 1711.05101, algorithm 2), fused where
+    torch has a fused kernel for the device. Source: upstream's `Adam` decouples too, as its fused Adam does.
     sgd: plain or with momentum; its weight decay is the L2 term of torch.optim.SGD. lion: megatron.optim.lion.
     Raises: ConfigError for any other type.
     """

@@ -23,7 +23,7 @@ class Lion(torch.optim.Optimizer):
         weight_decay: float = 0.0,
     ) -> None:
         if lr < 0 or not all(0.0 <= beta < 1.0 for beta in betas) or weight_decay < 0:
-            raise ValueError(f"Lion: lr {lr} and weight_decay {weight_decay} must not be negative, betas {betas} in [0, 1)")
+            raise ValueError(f"Lion: lr {lr} and weight_decay {weight_decay} must be >= 0, betas {betas} in [0, 1)")
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
     @torch.no_grad()

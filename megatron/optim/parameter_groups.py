@@ -1,7 +1,7 @@
 """Which parameters weight decay pulls at.
 
-Decided by name alone, so that it is the same at every layout. Invariant: every parameter lands in exactly one group, and
-within a group the order is the given one.
+Decided by name alone, so that it is the same at every layout. Invariant: every trainable parameter lands in exactly one
+group, in the given order.
 """
 
 from __future__ import annotations

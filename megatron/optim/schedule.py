@@ -47,7 +47,7 @@ class LearningRateSchedule:
         return self.warmup * self.decay_iters
 
     def lr_at(self, step: int) -> float:
-        """The rate after `step` finished steps, as upstream counts; 0 is treated as 1, so that no step has a rate of 0."""
+        """The rate after `step` finished steps, as upstream counts; 0 counts as 1, so that no step has a rate of 0."""
         step = max(step, 1)
         warmup = self.warmup_steps
         if step <= warmup:
