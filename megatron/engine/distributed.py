@@ -38,6 +38,9 @@ def start_distributed(timeout_s: float = 1800.0) -> torch.device:
     device = local_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    else:
+        # DeepSpeed asks for hardware fp16; torch computes it on any CPU, only slowly.
+        deepspeed.get_accelerator().is_fp16_supported = lambda: True
     logging.getLogger("DeepSpeed").setLevel(_QUIET)
     veto_cpp_communication()
     if not dist.is_initialized():

@@ -5,7 +5,7 @@ Both compute the scaled loss themselves. Invariant: `public_names` gives every p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from megatron.parallel.process_groups import ProcessGroups
 from megatron.parallel.topology import Topology
 
 _TIED_KEY = "word_embeddings"
+# The optimizer decays the one and not the other, by these names (megatron.optim.parameter_groups).
+_FILLERS = {"filler_with_decay": "stage_filler.weight", "filler_without_decay": "stage_filler.bias"}
 
 
 def deepspeed_topology(topology: Topology) -> PipeModelDataParallelTopology:
@@ -61,26 +63,53 @@ class _NamedLayerSpec(LayerSpec):
 
 
 class StagedModule(PipelineModule):
-    """This rank's stage. Its loss function takes (hidden, head weight) and (labels, loss mask, denominator)."""
+    """This rank's stage. The last one ends in the loss, whose targets lie in `targets`, one entry per micro-batch in order.
+
+    The loss must be made within `forward`. DeepSpeed hooks the outputs of `forward` and clears gradients when theirs arrive
+    (bf16 optimizer): the head's weight, used in a `loss_fn` behind it, would have had its gradient before, and lose it.
+    """
 
     def __init__(self, spec: ModelSpec, groups: ProcessGroups, *, partition_method: str, recompute: bool) -> None:
         layers = layer_list(spec, groups, recompute=recompute)
+        self.spec, self.groups = spec, groups
+        self.targets: deque[tuple[torch.Tensor, ...]] = deque()
         self.layer_names = [layer.name for layer in layers]
         specs: list[Any] = [_NamedLayerSpec(layer) for layer in layers]
         if spec.tied_head:
             first = layers[0]
             specs[0] = TiedLayerSpec(_TIED_KEY, first.kind, *first.args, tied_weight_attr="weight")
             specs.append(
-                TiedLayerSpec(_TIED_KEY, first.kind, *first.args, forward_fn=_tied_head, tied_weight_attr="weight")
+                TiedLayerSpec(_TIED_KEY, first.kind, *first.args, forward_fn=_pass_through, tied_weight_attr="weight")
             )
             self.layer_names.append(HEAD)
         super().__init__(
             layers=specs,
             topology=deepspeed_topology(groups.topology),
-            loss_fn=_pipeline_loss(spec, groups),
             partition_method=partition_method,
             activation_checkpoint_interval=0,
         )
+
+        if groups.at.pp_rank == groups.topology.pp_size - 1:
+            self.forward_funcs[-1] = self._loss
+        # DeepSpeed's gradient norm makes one collective per parameter group. A stage of the head alone, which has no norm and
+        # no bias, would make one fewer than the others, and all would wait for ever: so each stage has a number in both.
+        for name in _FILLERS:
+            filler = torch.nn.Parameter(torch.zeros(1))
+            filler.ds_pipe_replicated = False  # type: ignore[attr-defined]
+            self.register_parameter(name, filler)
+
+    def _loss(self, hidden: torch.Tensor) -> torch.Tensor:
+        labels, loss_mask, denominator = self.targets.popleft()
+        owner = self.tied_modules[_TIED_KEY] if self.spec.tied_head else self.get_submodule(str(len(self.layer_names) - 1))
+        term = language_model_loss(
+            hidden,
+            owner.get_parameter("weight"),
+            labels,
+            loss_mask,
+            vocab_size=self.spec.vocab_size,
+            groups=self.groups,
+        )
+        return term.sum / denominator
 
     def public_name(self, local_name: str) -> str:
         """The public name of a parameter that this module calls `local_name`."""
@@ -90,25 +119,24 @@ class StagedModule(PipelineModule):
         return f"{self.layer_names[int(owner)]}.{rest}"
 
 
-def _tied_head(embedding: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return hidden, embedding.get_parameter("weight")
-
-
-def _pipeline_loss(
-    spec: ModelSpec, groups: ProcessGroups
-) -> Callable[[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]], torch.Tensor]:
-    def loss(outputs: tuple[torch.Tensor, ...], targets: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        hidden, weight = outputs
-        labels, loss_mask, denominator = targets
-        term = language_model_loss(hidden, weight, labels, loss_mask, vocab_size=spec.vocab_size, groups=groups)
-        return term.sum / denominator
-
-    return loss
+def _pass_through(embedding: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    return hidden
 
 
 def public_names(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Every parameter of this rank with its public name, in the module's order."""
     if isinstance(module, StagedModule):
-        return [(module.public_name(name), parameter) for name, parameter in module.named_parameters()]
+        return [
+            (module.public_name(name), parameter)
+            for name, parameter in module.named_parameters()
+            if name not in _FILLERS
+        ]
     assert isinstance(module, LossModule)
     return list(module.model.named_parameters())
+
+
+def stage_fillers(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Numbers without meaning that keep the optimizer's groups alike on all stages: for the optimizer, not for checkpoints."""
+    if not isinstance(module, StagedModule):
+        return []
+    return [(public, module.get_parameter(name)) for name, public in _FILLERS.items()]

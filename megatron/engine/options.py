@@ -51,15 +51,9 @@ def deepspeed_config(options: EngineOptions, dp_size: int, num_parameters: int) 
     """
     stage = max(LEAST_ZERO_STAGE, options.zero_stage)
     # DeepSpeed allocates whole buckets; its default of 5e8 elements would be most of a small machine's memory.
-    bucket = max(1, min(500_000_000, num_parameters))
-    zero = {
-        "reduce_bucket_size": bucket,
-        "allgather_bucket_size": bucket,
-        "contiguous_gradients": False,
-        "overlap_comm": False,
-        **options.zero,
-        "stage": stage,
-    }
+    zero = {"contiguous_gradients": False, "overlap_comm": False, **options.zero, "stage": stage}
+    for name in ("reduce_bucket_size", "allgather_bucket_size"):
+        zero[name] = max(1, min(int(zero.get(name, 500_000_000)), num_parameters))
     config: dict[str, Any] = {
         "train_batch_size": options.micro_batch_size * options.num_micro_batches * dp_size,
         "train_micro_batch_size_per_gpu": options.micro_batch_size,

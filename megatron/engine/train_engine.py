@@ -7,7 +7,7 @@ ranks; `loss_denominators` makes that the normalisation that was asked for. Not 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 
 from megatron.data.loader import Batch
-from megatron.engine.modules import LossModule, StagedModule, deepspeed_topology, public_names
+from megatron.engine.modules import LossModule, StagedModule, deepspeed_topology, public_names, stage_fillers
 from megatron.engine.options import EngineOptions, LossNormalization, deepspeed_config
 from megatron.model.build import Transformer
 from megatron.model.init import initialize_parameters
@@ -35,13 +35,13 @@ class StepResult:
     """What one optimizer step reports; equal on all ranks.
 
     loss: mean over micro-batches and data-parallel ranks, in nats per token. grad_norm: before clipping.
-    is_skipped: the optimizer did not move, because fp16 gradients overflowed.
+    is_skipped: the optimizer did not move, because fp16 gradients overflowed. loss_scale: of fp16, None otherwise.
     """
 
     loss: float
     grad_norm: float
     is_skipped: bool
-    loss_scale: float
+    loss_scale: float | None
 
 
 def loss_denominators(
@@ -93,7 +93,7 @@ class TrainEngine:
         self.deepspeed: Any
         self.deepspeed, *_ = deepspeed.initialize(
             model=self.module,
-            optimizer=optimizer_factory(self.named_parameters),
+            optimizer=optimizer_factory(self.named_parameters + stage_fillers(self.module)),
             config=deepspeed_config(options, groups.dp_size, num_parameters),
             mpu=mpu,
             dist_init_required=False,
@@ -106,7 +106,7 @@ class TrainEngine:
         skipped_before = self.deepspeed.skipped_steps
         micro_batches = self._prepare(batches)
         if self.is_staged:
-            loss = self.deepspeed.train_batch(data_iter=iter(_staged(micro_batches)))
+            loss = self.deepspeed.train_batch(data_iter=self._feed(micro_batches))
         else:
             loss = self._train_plain(micro_batches)
         norm = self.deepspeed.get_global_grad_norm()
@@ -114,7 +114,7 @@ class TrainEngine:
             loss=float(loss),
             grad_norm=float("nan") if norm is None else float(norm),
             is_skipped=self.deepspeed.skipped_steps > skipped_before,
-            loss_scale=float(self.deepspeed.optimizer.loss_scale) if self.options.precision == "fp16" else 1.0,
+            loss_scale=float(self.deepspeed.optimizer.loss_scale) if self.options.precision == "fp16" else None,
         )
 
     def evaluate(self, batches: Sequence[Batch]) -> float:
@@ -122,7 +122,7 @@ class TrainEngine:
         micro_batches = self._prepare(batches)
         if self.is_staged:
             result = self.deepspeed.eval_batch(
-                data_iter=iter(_staged(micro_batches)), num_micro_batches=len(micro_batches)
+                data_iter=self._feed(micro_batches), num_micro_batches=len(micro_batches)
             )
             self.module.train()
             return float(result)
@@ -154,6 +154,14 @@ class TrainEngine:
         denominators = loss_denominators(masks, self.options.loss_normalization, self.groups)
         return [(*tensors, denominator) for tensors, denominator in zip(moved, denominators, strict=True)]
 
+    def _feed(self, micro_batches: list[tuple[torch.Tensor, ...]]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The pipeline's data: tokens for the first stage; the last one finds its targets in the module."""
+        assert isinstance(self.module, StagedModule)
+        self.module.targets.clear()
+        self.module.targets.extend(inputs[1:] for inputs in micro_batches)
+        # DeepSpeed wants (inputs, labels); the second is read by nobody.
+        return iter([(tokens, denominator) for tokens, _, _, denominator in micro_batches])
+
     def _train_plain(self, micro_batches: list[tuple[torch.Tensor, ...]]) -> torch.Tensor:
         losses = []
         for inputs in micro_batches:
@@ -170,6 +178,3 @@ class TrainEngine:
             mean /= self.groups.dp_size
         return mean
 
-
-def _staged(micro_batches: list[tuple[torch.Tensor, ...]]) -> list[tuple[torch.Tensor, tuple[torch.Tensor, ...]]]:
-    return [(tokens, targets) for tokens, *rest in micro_batches for targets in [tuple(rest)]]

@@ -18,11 +18,11 @@ from megatron.model.spec import ModelSpec
 from megatron.parallel.init import fill_from
 from megatron.parallel.process_groups import ProcessGroups
 
-Draw = Callable[[torch.Tensor, torch.Generator], None]
+Draw = Callable[[torch.Tensor, torch.Generator], object]
 
 
 def _normal(std: float) -> Draw:
-    return lambda tensor, generator: torch.nn.init.normal_(tensor, 0.0, std, generator=generator) and None
+    return lambda tensor, generator: torch.nn.init.normal_(tensor, 0.0, std, generator=generator)
 
 
 def draw_method(name: str, spec: ModelSpec) -> Draw:
@@ -38,10 +38,10 @@ def draw_method(name: str, spec: ModelSpec) -> Draw:
         "single_residual_scaled_normal": _normal(spec.init_std / math.sqrt(layers)),
         "small_init": _normal(math.sqrt(2.0 / (5.0 * hidden))),
         "wang_init": _normal(2.0 / layers / math.sqrt(hidden)),
-        "xavier_uniform": lambda t, g: nn.init.xavier_uniform_(t, generator=g) and None,
-        "xavier_normal": lambda t, g: nn.init.xavier_normal_(t, generator=g) and None,
-        "orthogonal": lambda t, g: nn.init.orthogonal_(t, gain=1.0, generator=g) and None,
-        "scaled_orthogonal": lambda t, g: nn.init.orthogonal_(t, gain=1.0 / math.sqrt(2.0 * layers), generator=g) and None,
+        "xavier_uniform": lambda t, g: nn.init.xavier_uniform_(t, generator=g),
+        "xavier_normal": lambda t, g: nn.init.xavier_normal_(t, generator=g),
+        "orthogonal": lambda t, g: nn.init.orthogonal_(t, gain=1.0, generator=g),
+        "scaled_orthogonal": lambda t, g: nn.init.orthogonal_(t, gain=1.0 / math.sqrt(2.0 * layers), generator=g),
     }
     if name not in methods:
         raise ValueError(f"init method {name!r} is not one of {', '.join(sorted(methods))}")

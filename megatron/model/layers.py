@@ -97,6 +97,7 @@ class SelfAttention(nn.Module):
         self.num_kv_heads = spec.num_kv_heads // groups.tp_size
         self.group_size = spec.num_heads // spec.num_kv_heads
         self.rotary = rotary
+        self.max_positions = spec.max_positions
         self.attention = Attention(dropout=spec.attention_dropout)
         qkv_size = spec.num_kv_heads * (self.group_size + 2) * spec.head_dim
         self.query_key_value = ColumnParallelLinear(spec.hidden_size, qkv_size, bias=spec.attention_bias, groups=groups)
@@ -119,6 +120,8 @@ class SelfAttention(nn.Module):
         k = k.squeeze(3).transpose(1, 2)  # [B, G, T, D]
         v = v.squeeze(3).transpose(1, 2)
         if self.rotary is not None:
+            if positions is not None:
+                self.rotary.reserve(self.max_positions, x.device)
             cos, sin = self.rotary.at(T, positions, x.device)
             q, k = apply_rotary(q, k, cos, sin)
         mask = None
@@ -215,9 +218,9 @@ class Head(nn.Module):
         self.groups = groups
         self.weight = sharded_parameter((spec.padded_vocab_size, spec.hidden_size), 0, groups.tp_size)
 
-    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Shapes: hidden [B, T, H] -> (hidden, weight [V / tp_size, H])."""
-        return hidden, self.weight
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The identity, so that a pipeline may hold the head as its last layer. Shapes: [B, T, H] -> [B, T, H]."""
+        return hidden
 
 
 def project(hidden: torch.Tensor, weight: torch.Tensor, groups: ProcessGroups) -> torch.Tensor:

@@ -24,7 +24,7 @@ def named_generator(seed: int, name: str) -> torch.Generator:
 def fill_from(
     parameter: torch.nn.Parameter,
     name: str,
-    draw: Callable[[torch.Tensor, torch.Generator], None],
+    draw: Callable[[torch.Tensor, torch.Generator], object],
     *,
     seed: int,
     tp_rank: int,

@@ -38,6 +38,13 @@ class Run:
     skipped_in_a_row: int = 0
     skipped: int = 0
 
+    def close(self) -> None:
+        """Stop reading ahead, and let go of display and logs."""
+        for loader in (self.train, self.valid, self.test):
+            if loader is not None:
+                loader.close()
+        self.reporter.close()
+
 
 def train(run: Run) -> None:
     """Train until train_iters, or until exit_interval says to leave. Collective.
@@ -73,8 +80,8 @@ def evaluate(run: Run, loader: BatchLoader) -> float:
 
 
 def _train_one(run: Run) -> None:
-    started = time.perf_counter()
-    learning_rate = run.schedule.lr_at(run.position.step + 1)
+    started, started_cpu = time.perf_counter(), time.process_time()
+    learning_rate = run.schedule.lr_at(run.position.step)
     batches = run.train.step_batches(run.position.consumed_samples)
     result = run.engine.train_step(batches, learning_rate)
     _check_finite(run, result, [sample for batch in batches for sample in batch.sample_ids])
@@ -85,7 +92,8 @@ def _train_one(run: Run) -> None:
         result,
         learning_rate=learning_rate,
         elapsed_s=time.perf_counter() - started,
-        skipped=run.skipped,
+        cpu_s=time.process_time() - started_cpu,
+        num_skipped=run.skipped,
         epoch=run.train.epoch(run.position.consumed_samples),
     )
 
@@ -96,7 +104,7 @@ def _check_finite(run: Run, result: StepResult, sample_ids: list[int]) -> None:
         run.skipped_in_a_row += 1
         if run.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise NonFiniteLossError(
-                f"{run.skipped_in_a_row} steps in a row overflowed in fp16 (loss scale {result.loss_scale:g}). "
+                f"{run.skipped_in_a_row} steps in a row overflowed in fp16 (loss scale {result.loss_scale}). "
                 "The last good state is in the newest checkpoint. Lower the learning rate, or use precision: bfloat16."
             )
         return

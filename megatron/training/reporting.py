@@ -1,0 +1,108 @@
+"""What a run tells: one record per step and per validation to the sinks, and the progress on the screen.
+
+Only rank 0 of the job has a recorder and a progress display; on other ranks every call is a no-op. Metric names are upstream's.
+Invariant: nothing here changes the course of a run, and nothing synchronises the device.
+"""
+
+from __future__ import annotations
+
+import math
+
+from megatron.engine.train_engine import StepResult
+from megatron.observe.progress import Progress, StepReport
+from megatron.observe.recorder import Recorder
+from megatron.observe.throughput import Throughput
+from megatron.training.plan import RunPlan
+
+
+class Reporter:
+    """Turns results into metrics. `is_main` is false on all ranks but the first, whose calls then do nothing."""
+
+    def __init__(self, plan: RunPlan, recorder: Recorder, throughput: Throughput, *, is_main: bool) -> None:
+        self.plan, self.recorder, self.throughput, self.is_main = plan, recorder, throughput, is_main
+        self.progress: Progress | None = None
+        self.last_loss = math.nan
+        self.last_validation: float | None = None
+
+    def start(self, step: int) -> None:
+        """Open the progress display of a run that goes on from `step`."""
+        if self.is_main:
+            self.progress = Progress(self.plan.train_iters, step, log_interval=self.plan.log_interval)
+
+    def message(self, text: str) -> None:
+        """One line for the person who watches."""
+        if self.progress is not None:
+            self.progress.message(text)
+        elif self.is_main:
+            print(text, flush=True)
+
+    def stepped(
+        self,
+        step: int,
+        result: StepResult,
+        *,
+        learning_rate: float,
+        elapsed_s: float,
+        cpu_s: float,
+        num_skipped: int,
+        epoch: float,
+    ) -> None:
+        """Record optimizer step `step`."""
+        if not self.is_main:
+            return
+        rates = self.throughput.add(elapsed_s, cpu_s)
+        self.last_loss = result.loss
+        metrics = {
+            "train/lm_loss": result.loss,
+            "train/learning_rate": learning_rate,
+            "train/grad_norm": result.grad_norm,
+            "train/epoch": epoch,
+        }
+        if result.loss_scale is not None:
+            metrics["train/loss_scale"] = result.loss_scale
+        if step % self.plan.log_interval == 0 or step == self.plan.train_iters:
+            metrics |= {
+                "runtime/samples_per_sec": rates.samples_per_s,
+                "runtime/tokens_per_sec": rates.tokens_per_s,
+                "runtime/iteration_time": rates.step_s,
+                "runtime/steps_per_sec": rates.steps_per_s,
+            }
+            if rates.flops_per_s is not None:
+                metrics["runtime/flops_per_sec_per_gpu"] = rates.flops_per_s
+            if rates.mfu is not None:
+                metrics["runtime/model_flops_utilization"] = rates.mfu
+        self.recorder.record(step, metrics, step * self.plan.tokens_per_step)
+        if self.progress is not None:
+            self.progress.update(
+                step,
+                StepReport(
+                    loss=result.loss,
+                    learning_rate=learning_rate,
+                    grad_norm=result.grad_norm,
+                    tokens_per_s=rates.tokens_per_s,
+                    samples_per_s=rates.samples_per_s,
+                    step_s=rates.step_s,
+                    flops_per_s=rates.flops_per_s,
+                    mfu=rates.mfu,
+                    loss_scale=result.loss_scale,
+                    num_skipped=num_skipped,
+                ),
+            )
+
+    def evaluated(self, name: str, step: int, loss: float) -> None:
+        """Record the loss on a held-out set, `validation` or `test`."""
+        if not self.is_main:
+            return
+        if name == "validation":
+            self.last_validation = loss
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        metrics = {f"{name}/lm_loss": loss, f"{name}/lm_loss_ppl": perplexity}
+        self.recorder.record(step, metrics, step * self.plan.tokens_per_step)
+        if self.progress is not None:
+            self.progress.validation(step, loss, name)
+
+    def close(self) -> None:
+        """Leave the display as it stands and let go of the sinks."""
+        if self.progress is not None:
+            self.progress.close()
+        self.recorder.close()

@@ -1,0 +1,226 @@
+"""Build a `Run` from the configuration: the last place that sees it.
+
+Invariant: the order of construction is the same on all ranks, because several steps are collective.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron.checkpoint import Retention
+from megatron.common.errors import ConfigError, DataError
+from megatron.config import Config
+from megatron.config.plan.flops import flops_per_token
+from megatron.data.loader import BatchLoader
+from megatron.data.setup import build_datasets
+from megatron.data.token_dataset import TokenDataset
+from megatron.engine.distributed import start_distributed
+from megatron.engine.setup import engine_options, topology
+from megatron.engine.train_engine import TrainEngine
+from megatron.model.from_config import model_spec
+from megatron.observe.setup import build_recorder
+from megatron.observe.throughput import Throughput, peak_flops
+from megatron.optim.build import build_optimizer
+from megatron.optim.parameter_groups import parameter_groups
+from megatron.optim.schedule import LearningRateSchedule
+from megatron.parallel.process_groups import ProcessGroups
+from megatron.tokenizer.base import Tokenizer
+from megatron.tokenizer.setup import build_tokenizer
+from megatron.training.loop import Run
+from megatron.training.plan import RunPlan, SaveSchedule
+from megatron.training.reporting import Reporter
+from megatron.training.saving import LoadOptions, SaveOptions, load_run
+
+
+def build_run(config: Config) -> Run:
+    """Join the job, open the data, build model and optimizer, and continue from a checkpoint if there is one. Collective.
+
+    Raises: ConfigError, DataError or CheckpointError for what the user can mend.
+    """
+    plan = run_plan(config)
+    device = start_distributed()
+    groups = ProcessGroups.build(topology(config))
+    seed_generators(config.training.seed, groups)
+    tokenizer = build_tokenizer(config.tokenizer)
+    _check_vocabulary(config, tokenizer)
+    datasets = _build_datasets(config, groups)
+    reporter = build_reporter(config, plan, groups, device)
+    reporter.message(f"{groups.topology}, {config.precision.precision}, {device.type}: {describe(config)}")
+    engine = build_engine(config, groups, device)
+    schedule = learning_rate_schedule(config)
+    assert datasets["train"] is not None
+    facts = {"train data": datasets["train"].dataset.fingerprint, "tokenizer": tokenizer.fingerprint}
+    about = {"schedule": asdict(schedule), "config": config.to_upstream_dict()}
+    run = Run(
+        engine,
+        plan,
+        schedule,
+        datasets["train"],
+        datasets["valid"],
+        datasets["test"],
+        reporter,
+        SaveOptions(
+            folder=Path(config.checkpoint.save) if config.checkpoint.save else None,
+            retention=Retention(
+                config.checkpoint.keep_last_n_checkpoints, tuple(config.checkpoint.extra_save_iters or ())
+            ),
+            source_files=[(Path(source.path).name, source.text) for source in config.files],
+            facts=facts,
+            about=about,
+            with_rng=not config.checkpoint.no_save_rng,
+        ),
+    )
+    run.position = load_run(engine, load_options(config), facts, reporter.message)
+    reporter.start(run.position.step)
+    return run
+
+
+def run_plan(config: Config) -> RunPlan:
+    """When things happen. Raises: ConfigError if train_iters is missing."""
+    training, checkpoint = config.training, config.checkpoint
+    if training.train_iters is None:
+        raise ConfigError("train_iters is missing: say how many optimizer steps to train, for example train_iters: 1000")
+    saves = SaveSchedule(
+        checkpoint.checkpoint_scale, checkpoint.checkpoint_factor, frozenset(checkpoint.extra_save_iters or ())
+    )
+    return RunPlan(
+        train_iters=training.train_iters,
+        global_batch_size=config.batch.train_batch_size,
+        seq_length=config.model.seq_length,
+        eval_interval=training.eval_interval,
+        eval_iters=training.eval_iters,
+        log_interval=config.observe.log_interval,
+        exit_interval=training.exit_interval,
+        saves=saves,
+    )
+
+
+def build_engine(config: Config, groups: ProcessGroups, device: torch.device) -> TrainEngine:
+    """Model, optimizer and DeepSpeed, with initial weights of the config's seed."""
+    chosen = config.optimizer
+    return TrainEngine(
+        model_spec(config),
+        groups,
+        engine_options(config),
+        lambda named: build_optimizer(
+            parameter_groups(named, weight_decay=chosen.weight_decay),
+            chosen.type,
+            lr=chosen.lr,
+            betas=chosen.betas,
+            eps=chosen.eps,
+        ),
+        seed=config.training.seed,
+        device=device,
+        recompute=config.training.checkpoint_activations,
+    )
+
+
+def build_reporter(config: Config, plan: RunPlan, groups: ProcessGroups, device: torch.device) -> Reporter:
+    """Log files, remote loggers and the progress display, on the ranks that have them."""
+    peak = config.observe.peak_theoretical_tflops
+    peak_flops_per_s = peak * 1e12 if peak else None
+    if peak is None and device.type == "cuda":
+        peak_flops_per_s = peak_flops(torch.cuda.get_device_name(device), config.precision.precision)
+    throughput = Throughput(
+        plan.tokens_per_step,
+        plan.global_batch_size,
+        groups.topology.world_size,
+        flops_per_token=flops_per_token(config),
+        peak_flops=peak_flops_per_s,
+    )
+    recorder = build_recorder(config, run_folder(config), groups.is_main)
+    return Reporter(plan, recorder, throughput, is_main=groups.is_main)
+
+
+def learning_rate_schedule(config: Config) -> LearningRateSchedule:
+    """The schedule that the config describes."""
+    schedule = config.schedule
+    return LearningRateSchedule(
+        lr=config.optimizer.lr,
+        style=schedule.lr_decay_style,
+        decay_iters=schedule.lr_decay_iters,
+        min_lr=schedule.min_lr,
+        warmup=schedule.warmup,
+    )
+
+
+def load_options(config: Config) -> LoadOptions:
+    """Where to continue from, by the checkpoint keys."""
+    checkpoint = config.checkpoint
+    return LoadOptions(
+        folder=Path(checkpoint.load) if checkpoint.load else None,
+        step=checkpoint.iteration,
+        allow_fresh_start=checkpoint.allow_fresh_start,
+        weights_only=checkpoint.finetune,
+        with_optimizer=not checkpoint.no_load_optim,
+        with_rng=not checkpoint.no_load_rng,
+    )
+
+
+def run_folder(config: Config) -> Path:
+    """Where the run's log goes: log_dir, else beside the checkpoints, else logs/."""
+    return Path(config.observe.log_dir or config.checkpoint.save or "logs")
+
+
+def describe(config: Config) -> str:
+    """One line on batch and length."""
+    batch = config.batch
+    return (
+        f"{batch.train_batch_size} sequences of {config.model.seq_length} tokens a step = "
+        f"{batch.train_micro_batch_size_per_gpu} x {batch.gradient_accumulation_steps} micro-batches x "
+        f"{config.parallel.data_parallel_size} replicas"
+    )
+
+
+def seed_generators(seed: int, groups: ProcessGroups) -> None:
+    """Seed what dropout draws from: alike on all tensor-parallel ranks, different on other replicas and stages."""
+    at = groups.at
+    stream = (seed * 1_000_003 + at.pp_rank * 10_007 + at.dp_rank) % 2**32
+    random.seed(stream)
+    np.random.seed(stream)
+    torch.manual_seed(stream)
+
+
+def _build_datasets(config: Config, groups: ProcessGroups) -> dict[str, BatchLoader | None]:
+    """Loaders of this rank. Rank 0 of the job goes first, so that index files are built once and then mapped."""
+    if not groups.is_main:
+        dist.barrier()
+    try:
+        datasets = build_datasets(config)
+    finally:
+        if groups.is_main:
+            dist.barrier()
+    if datasets.train is None:
+        raise DataError("the configuration leaves nothing to train on: train_iters is 0")
+
+    def loader(dataset: TokenDataset | None) -> BatchLoader | None:
+        if dataset is None:
+            return None
+        return BatchLoader(
+            dataset,
+            config.batch.train_micro_batch_size_per_gpu,
+            config.batch.gradient_accumulation_steps,
+            groups.dp_rank,
+            groups.dp_size,
+            eod_mask_loss=config.data.eod_mask_loss,
+            eod_id=eod_id,
+            num_workers=config.data.num_workers,
+            vocab_size=config.tokenizer.vocab_size,
+        )
+
+    eod_id = build_tokenizer(config.tokenizer).eod_id if config.data.eod_mask_loss else None
+    return {name: loader(getattr(datasets, name)) for name in ("train", "valid", "test")}
+
+
+def _check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
+    if tokenizer.vocab_size != config.tokenizer.vocab_size:
+        raise ConfigError(
+            f"{config.tokenizer.vocab_file}: the tokenizer knows {tokenizer.vocab_size} ids, the config was resolved for "
+            f"{config.tokenizer.vocab_size}. Start again so that the sizes are computed afresh."
+        )
