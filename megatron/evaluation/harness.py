@@ -26,7 +26,10 @@ import torch
 from tqdm import tqdm
 
 from megatron.common.errors import ConfigError, DataError, MegatronError
-from megatron.evaluation.scoring import Continuation, GenerationSettings, Prompts, Score
+from megatron.evaluation.generation import Request, Requests
+from megatron.evaluation.scoring import Continuation, Score
+from megatron.inference.decode import DecodeSettings
+from megatron.inference.sampling import Sampling
 from megatron.tokenizer.base import Tokenizer
 
 try:
@@ -53,7 +56,7 @@ Map = Callable[[str, Sequence[Any], Callable[[int], None]], list[Any]]
 class HarnessModel(TemplateLM):
     """What lm-eval calls. Scores and texts come from `do`, the `map` of a Team.
 
-    Kinds of work: "score", list[Continuation] -> list[Score]; "generate", Prompts -> list[str].
+    Kinds of work: "score", list[Continuation] -> list[Score]; "generate", Requests -> list[str].
     """
 
     def __init__(
@@ -94,6 +97,11 @@ class HarnessModel(TemplateLM):
             continuation_ids = self.tok_encode(continuation)
         return context_ids, continuation_ids
 
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(log-probability, is it the greedy choice) of each (context, continuation)."""
+        answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        return answers
+
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
@@ -102,8 +110,8 @@ class HarnessModel(TemplateLM):
         for index, (_, context, continuation) in enumerate(requests):
             if len(continuation) > self.max_length:
                 raise DataError(
-                    f"a continuation of {len(continuation)} tokens does not fit into the model's {self.max_length} "
-                    "positions (max_position_embeddings). Leave this task out, or use a model with more positions."
+                    f"a continuation of {len(continuation)} tokens is longer than the longest row of {self.max_length} "
+                    "(seq_length). Leave this task out, or use a model that was trained on longer sequences."
                 )
             if continuation:
                 tokens = (context + continuation)[-(self.max_length + 1) :]
@@ -141,29 +149,39 @@ class HarnessModel(TemplateLM):
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Continuations up to a stop string, the end-of-document token or the token limit, as each request wants."""
-        by_settings: dict[GenerationSettings, dict[int, list[int]]] = {}
+        by_settings: dict[tuple[DecodeSettings, tuple[str, ...]], dict[int, Request]] = {}
         for index, request in enumerate(requests):
             context, kwargs = request.args
-            settings = _settings(kwargs)
+            settings, stops = self._settings(kwargs)
             room = self.max_length - settings.max_new_tokens
             if room < 1:
                 raise DataError(
-                    f"a task asks for {settings.max_new_tokens} new tokens, the model has {self.max_length} positions "
-                    "(max_position_embeddings). Lower the task's max_gen_toks, or use a model with more positions."
+                    f"a task asks for {settings.max_new_tokens} new tokens, and the longest row is {self.max_length} "
+                    "(seq_length). Lower the task's max_gen_toks, or use a model that was trained on longer sequences."
                 )
             prompt = self.tok_encode(context) or [self.eot_token_id]
-            by_settings.setdefault(settings, {})[index] = prompt[-room:]
+            by_settings.setdefault((settings, stops), {})[index] = Request(prompt[-room:], index)
         texts = [""] * len(requests)
-        for settings, prompts in by_settings.items():
-
-            def pack(chunk: list[list[int]], settings: GenerationSettings = settings) -> Prompts:
-                return Prompts(chunk, settings)
-
-            made = self._in_batches("generate", prompts, len, pack, "Generating")
-            for index, text in zip(prompts, made, strict=True):
-                texts[index] = postprocess_generated_text(text, list(settings.stops), None)
+        for (settings, stops), chosen in by_settings.items():
+            pack = functools.partial(Requests, settings=settings, stops=stops)
+            made = self._in_batches("generate", chosen, lambda request: len(request.prompt), pack, "Generating")
+            for index, text in zip(chosen, made, strict=True):
+                texts[index] = postprocess_generated_text(text, list(stops), None)
                 self.cache_hook.add_partial("generate_until", requests[index].args, texts[index])
         return texts
+
+    def _settings(self, kwargs: Mapping[str, Any]) -> tuple[DecodeSettings, tuple[str, ...]]:
+        known = normalize_gen_kwargs(dict(kwargs), DEFAULT_NEW_TOKENS)
+        unknown = sorted(set(known) - {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"})
+        if unknown:
+            raise ConfigError(
+                f"a task's generation_kwargs hold {', '.join(unknown)}, which this program does not know. Remove them."
+            )
+        sampling = Sampling()
+        if known["do_sample"]:
+            sampling = Sampling(float(known["temperature"]), int(known.get("top_k", 0)), float(known.get("top_p", 0.0)))
+        settings = DecodeSettings(known["max_gen_toks"], sampling, self._tokenizer.eod_id)
+        return settings, tuple(stop for stop in known["until"] if stop)
 
     def _in_batches(
         self,
@@ -185,21 +203,6 @@ class HarnessModel(TemplateLM):
     @staticmethod
     def _warn(text: str) -> None:
         print(f"warning: {text}", file=sys.stderr)
-
-
-def _settings(kwargs: Mapping[str, Any]) -> GenerationSettings:
-    known = normalize_gen_kwargs(dict(kwargs), DEFAULT_NEW_TOKENS)
-    unknown = sorted(set(known) - {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"})
-    if unknown:
-        raise ConfigError(
-            f"a task's generation_kwargs hold {', '.join(unknown)}, which this program does not know. Remove them."
-        )
-    stops, new_tokens = tuple(known["until"]), known["max_gen_toks"]
-    if not known["do_sample"]:
-        return GenerationSettings(new_tokens, stops)
-    return GenerationSettings(
-        new_tokens, stops, float(known["temperature"]), int(known.get("top_k", 0)), float(known.get("top_p", 0.0))
-    )
 
 
 def select_tasks(wanted: Sequence[str], data_dir: str | None = None) -> TaskDict:

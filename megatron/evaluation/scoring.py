@@ -32,25 +32,6 @@ class Score:
     is_greedy: bool
 
 
-@dataclass(frozen=True)
-class GenerationSettings:
-    """How to continue prompts: greedily at temperature 0, until a stop string, the document's end or the limit."""
-
-    max_new_tokens: int
-    stops: tuple[str, ...] = ()
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 0.0
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """Token ids of prompts that share their settings."""
-
-    prompts: Sequence[Sequence[int]]
-    settings: GenerationSettings
-
-
 @torch.no_grad()
 def score_batch(model: Transformer, rows: Sequence[Continuation]) -> list[Score]:
     """Score one batch. Softmax in fp32 over the real vocabulary, whatever type the model computes in.

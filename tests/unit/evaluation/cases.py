@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.common.errors import DataError
-from megatron.evaluation.run import evaluate_tasks
+from megatron.evaluation.run import evaluate_tasks, load_tasks
 from megatron.evaluation.team import Team
 from megatron.parallel.process_groups import ProcessGroups
 from megatron.parallel.topology import Topology
@@ -19,14 +19,9 @@ from tests.unit.evaluation import tiny
 def evaluate(tp_size: int, tokenizer_file: str, data_dir: str, tasks: list[str], limit: int | None = None) -> Any:
     """The scores of one evaluation; None on the ranks that serve."""
     groups = ProcessGroups.build(Topology(1, dist.get_world_size() // tp_size, tp_size))
+    loaded = load_tasks(tasks, groups, torch.device("cpu"), data_dir)
     results = evaluate_tasks(
-        tiny.model(groups),
-        tiny.tokenizer(tokenizer_file),
-        tasks,
-        batch_size=3,
-        data_dir=data_dir,
-        limit=limit,
-        is_quiet=True,
+        tiny.model(groups), tiny.tokenizer(tokenizer_file), loaded, batch_size=3, limit=limit, is_quiet=True
     )
     return None if results is None else results["results"]
 

@@ -36,7 +36,7 @@ def ours(tokenizer_file: Path, batch_size: int) -> HarnessModel:
     model, tokenizer = tiny.model(), tiny.tokenizer(tokenizer_file)
     work = {
         "score": lambda rows: score_batch(model, rows),
-        "generate": lambda prompts: generate_batch(model, tokenizer, prompts),
+        "generate": lambda requests: generate_batch(model, tokenizer, requests),
     }
     device = torch.device("cpu")
     team = Team(model.groups, work, device)
@@ -100,6 +100,14 @@ def test_greedy_generation_equals_hflm(tokenizer_file: Path, theirs: HFLM, until
     assert any(got)
 
 
+def test_sampled_texts_do_not_depend_on_the_batch(tokenizer_file: Path) -> None:
+    kwargs = {"until": [], "do_sample": True, "temperature": 1.5, "top_k": 50, "max_gen_toks": 6}
+    arguments = [(tiny.TEXTS[0], kwargs)] * 3 + [(tiny.TEXTS[2], kwargs)]
+    alone, together = (ours(tokenizer_file, size).generate_until(requests("", arguments)) for size in (1, 4))
+    assert alone == together
+    assert len(set(alone)) > 2, "each request has a random stream of its own"
+
+
 def test_token_that_reaches_over_the_seam(tokenizer_file: Path) -> None:
     lm = ours(tokenizer_file, 1)
     together, context = lm.tok_encode("print"), lm.tok_encode("prin")
@@ -109,7 +117,7 @@ def test_token_that_reaches_over_the_seam(tokenizer_file: Path) -> None:
 
 def test_what_cannot_be_done_is_refused(tokenizer_file: Path) -> None:
     lm = ours(tokenizer_file, 1)
-    with pytest.raises(DataError, match=r"33 tokens does not fit into the model's 32 positions"):
+    with pytest.raises(DataError, match=r"33 tokens is longer than the longest row of 32"):
         lm._loglikelihood_tokens([(None, [0], [5] * 33)])
     with pytest.raises(DataError, match="asks for 32 new tokens"):
         lm.generate_until(requests("generate_until", [("x", {"until": [], "max_gen_toks": 32})]))

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from megatron.evaluation import results as result_views
-from megatron.evaluation.run import evaluate_tasks
+from megatron.evaluation.run import evaluate_tasks, load_tasks
 from megatron.model.build import Transformer
 from megatron.parallel.process_groups import ProcessGroups
 from megatron.parallel.topology import Topology
@@ -25,15 +25,8 @@ Ranks = Callable[..., list[Any]]
 
 
 def evaluate(model: Transformer, tokenizer_file: Path, data_dir: Path, **options: Any) -> dict[str, Any]:
-    results = evaluate_tasks(
-        model,
-        tiny.tokenizer(tokenizer_file),
-        ["stdlib_completion"],
-        batch_size=3,
-        data_dir=str(data_dir),
-        is_quiet=True,
-        **options,
-    )
+    tasks = load_tasks(["stdlib_completion"], model.groups, torch.device("cpu"), str(data_dir))
+    results = evaluate_tasks(model, tiny.tokenizer(tokenizer_file), tasks, batch_size=3, is_quiet=True, **options)
     assert results is not None
     return results
 
@@ -74,7 +67,7 @@ def test_accuracy_is_that_of_scores_computed_one_by_one(
 
 
 def test_perplexities_agree_with_each_other_and_with_the_text(alone: dict[str, Any], data_dir: Path) -> None:
-    texts = [json.loads(line)["text"] for line in (data_dir / "stdlib/stdlib_completion.jsonl").open()]
+    texts = [json.loads(line)["text"] for line in (data_dir / "stdlib/stdlib_heldout.jsonl").open()]
     num_bytes = sum(len(text.encode()) for text in texts)
     num_words = sum(len(re.split(r"\s+", text)) for text in texts)
     scored = alone["results"]["stdlib_perplexity"]
@@ -115,16 +108,36 @@ def test_training_is_not_disturbed(tokenizer_file: Path, data_dir: Path) -> None
     loss.backward()
 
 
-def test_pipeline_stages_are_refused(tokenizer_file: Path, data_dir: Path) -> None:
+def test_loaded_tasks_serve_again_and_again(
+    alone: dict[str, Any], tokenizer_file: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in training, where the same tasks are run at each validation, by name with the data found by DATA_DIR."""
+    model, tokenizer = tiny.model(), tiny.tokenizer(tokenizer_file)
+    monkeypatch.setenv("DATA_DIR", str(data_dir))
+    tasks = load_tasks(["stdlib_perplexity"], model.groups, torch.device("cpu"))
+    for chosen in (tasks, tasks, ["stdlib_perplexity"]):
+        results = evaluate_tasks(model, tokenizer, chosen, batch_size=3, is_quiet=True)
+        assert results is not None
+        assert results["results"]["stdlib_perplexity"] == alone["results"]["stdlib_perplexity"]
+
+
+def test_max_length_bounds_the_rows(alone: dict[str, Any], tokenizer_file: Path, data_dir: Path) -> None:
+    short = evaluate(tiny.model(), tokenizer_file, data_dir, max_length=16)
+    key = "bits_per_byte,none"
+    assert short["config"]["max_length"] == 16
+    assert short["results"]["stdlib_perplexity"][key] != alone["results"]["stdlib_perplexity"][key]
+
+
+def test_pipeline_stages_are_refused(tokenizer_file: Path) -> None:
     model = tiny.model()
     model.groups = ProcessGroups(Topology(2, 1, 1), 0)
     with pytest.raises(ValueError, match="without pipeline stages"):
-        evaluate(model, tokenizer_file, data_dir)
+        evaluate_tasks(model, tiny.tokenizer(tokenizer_file), ["stdlib_completion"], batch_size=1)
 
 
 def test_limit_and_facts_are_in_the_results(alone: dict[str, Any], tokenizer_file: Path, data_dir: Path) -> None:
     limited = evaluate(tiny.model(), tokenizer_file, data_dir, limit=2)
-    assert limited["n-samples"]["stdlib_perplexity"] == {"original": 9, "effective": 2}
+    assert limited["n-samples"]["stdlib_perplexity"] == {"original": 5, "effective": 2}
     assert limited["config"]["limit"] == 2
     assert alone["config"]["limit"] is None
     assert alone["config"]["model_args"] == {"model_dtype": "torch.float32", "step": 7}

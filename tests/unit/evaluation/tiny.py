@@ -124,8 +124,10 @@ def write_data(folder: Path, documents: int = 9) -> Path:
         choices = draw.sample([f"{word}({number})\n" for word in ("print", "range", "len") for number in range(4)], 4)
         context = draw.choice(TEXTS)
         answer = draw.randrange(4)
-        rows.append({"context": context, "choices": choices, "answer": answer, "text": context + choices[answer]})
-    path = folder / "stdlib" / "stdlib_completion.jsonl"
-    path.parent.mkdir(parents=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rows.append({"context": context, "choices": choices, "answer": answer})
+    target = folder / "stdlib"
+    target.mkdir(parents=True)
+    (target / "stdlib_completion.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    held_out = [{"text": text, "meta": {"file": f"{index}.py"}} for index, text in enumerate([*TEXTS, TEXTS[0] * 5])]
+    (target / "stdlib_heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held_out))
     return folder

@@ -1,0 +1,7 @@
+"""Score a trained model; see megatron/cli/evaluate.py."""
+
+from megatron.cli.evaluate import main
+from megatron.common.errors import run_main
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,16 @@
+"""`evaluate.py`: scores of a run's newest checkpoint.
+
+Started by deepy.py on every process, or by hand or torchrun with YAML files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron.evaluation.setup import evaluate_from_config
+from megatron.launch.worker import worker_config
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Evaluate as the configuration says. Raises: MegatronError for what the user can mend."""
+    return evaluate_from_config(worker_config(argv, "evaluate"))
