@@ -73,5 +73,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="accepted for compatibility: what vocab_file is, is found out from the file",
     )
+    add("--debug", action="store_true", help="show tracebacks")
     add("--architecture", choices=["neox"], default="neox", help="the Hugging Face architecture to write")
     return parser.parse_args(argv)
