@@ -24,6 +24,8 @@ COMPLETION_ITEMS = 200
 _CONTEXT_LINES = 12
 _MINIMUM_BYTES = 1_000_000
 _LEFT_OUT_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib-dynload"}
+# Character tables and help texts: trained on, but they say little about code.
+_TABLE_FOLDERS = ("encodings/", "pydoc_data/")
 # Files that a build writes differ between machines.
 _LEFT_OUT_STARTS = ("_sysconfigdata", "config-")
 
@@ -69,8 +71,9 @@ def write_stdlib_corpus(data_dir: Path, force: bool = False) -> StdlibFiles:
 
 
 def choose_held_out(sources: Sequence[SourceFile]) -> list[SourceFile]:
-    """Every 25th file. A very long one stays in training: alone it would decide the score and its time."""
-    return [s for s in sources[HELD_OUT_EVERY // 2 :: HELD_OUT_EVERY] if len(s.text) <= _HELD_OUT_MAX_CHARACTERS]
+    """Every 25th file of code. A very long one stays in training: alone it would decide the score and its time."""
+    code = [source for source in sources if not source.name.startswith(_TABLE_FOLDERS)]
+    return [s for s in code[HELD_OUT_EVERY // 2 :: HELD_OUT_EVERY] if len(s.text) <= _HELD_OUT_MAX_CHARACTERS]
 
 
 def read_stdlib(folder: Path) -> list[SourceFile]:
