@@ -42,7 +42,7 @@ class VocabShard:
 
     @classmethod
     def of(cls, weight: Tensor, group: dist.ProcessGroup | None, start: int, valid_vocab: int | None) -> VocabShard:
-        """Describe `weight` [V_local, H]; `valid_vocab` counts the real ids over all ranks (None: all rows are real)."""
+        """Describe `weight` [V_local, H]; `valid_vocab` counts the real ids over all ranks (None: all rows)."""
         size = 1 if group is None else dist.get_world_size(group)
         rows = weight.shape[0]
         total = rows * size if valid_vocab is None else valid_vocab
