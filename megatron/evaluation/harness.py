@@ -34,6 +34,7 @@ from megatron.tokenizer.base import Tokenizer
 
 try:
     import lm_eval
+    import lm_eval.api.task
     from lm_eval.api.model import TemplateLM
     from lm_eval.loggers.utils import get_git_commit_hash
     from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
@@ -296,7 +297,7 @@ def run(model: HarnessModel, tasks: TaskDict, *, limit: int | None, bootstrap_it
     """
     started = time.time()
     # Its bootstrap would fork this process, which may hold a GPU and collective communication.
-    with _environment("DISABLE_MULTIPROC", "1"):
+    with _environment("DISABLE_MULTIPROC", "1"), _without_bars(lm_eval.api.task):
         results: Any = lm_eval.evaluate(
             lm=model, task_dict=tasks, limit=limit, bootstrap_iters=bootstrap_iters, log_samples=False
         )
@@ -319,6 +320,16 @@ def run(model: HarnessModel, tasks: TaskDict, *, limit: int | None, bootstrap_it
     }
     plain: dict[str, Any] = json.loads(json.dumps(results, default=handle_non_serializable))
     return plain
+
+
+@contextlib.contextmanager
+def _without_bars(module: Any) -> Iterator[None]:
+    """lm-eval shows how it builds prompts, which takes a moment, on terminals and in log files alike."""
+    original, module.tqdm = module.tqdm, functools.partial(tqdm, disable=True)
+    try:
+        yield
+    finally:
+        module.tqdm = original
 
 
 @contextlib.contextmanager

@@ -144,6 +144,15 @@ def test_limit_and_facts_are_in_the_results(alone: dict[str, Any], tokenizer_fil
     assert alone["config"]["batch_size"] == 3
 
 
+def test_nothing_is_shown_but_in_a_terminal(
+    tokenizer_file: Path, data_dir: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny.model()
+    tasks = load_tasks(["stdlib_perplexity"], model.groups, torch.device("cpu"), str(data_dir))
+    evaluate_tasks(model, tiny.tokenizer(tokenizer_file), tasks, batch_size=3)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_views_of_the_results(alone: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     metrics = result_views.metrics(alone)
     assert set(metrics) == {
