@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from megatron.cli.generate import main
 from megatron.common.errors import CheckpointError, ConfigError, DataError, MegatronError
 from megatron.model.build import Transformer
 from megatron.tokenizer.build import make_tokenizer
+from tests.pool import RankFailure
 from tests.unit.convert.small_models import save_model, small_model
 
 ROOT = Path(__file__).parents[3]
@@ -81,6 +83,23 @@ def test_samples_depend_on_the_seed_alone(run: Path) -> None:
     assert texts[0] == texts[1] != texts[2]
 
 
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_ranks_share_the_prompts(run: Path, ranks: Callable[..., list[Any]], tp_size: int) -> None:
+    write_config(run, temperature=1.0, model_parallel_size=tp_size)
+    arguments = ["run.yml", "-i", "prompts.txt", "-o", "together.txt"]
+    assert ranks(main, 2, arguments) == [0, 0]
+    write_config(run, temperature=1.0)
+    assert main([*arguments[:-1], "alone.txt"]) == 0
+    texts = [
+        [(record["context"], record["text"]) for record in records(name)] for name in ("together.txt", "alone.txt")
+    ]
+    assert texts[0] == texts[1]
+    (run / "long.txt").write_text("a\n" + "z" * 50 + "\nb")
+    with pytest.raises(RankFailure, match=r"prompt 2 .* has 50 tokens"):
+        ranks(main, 2, ["run.yml", "-i", "long.txt", "-o", "none.txt"])
+    assert not (run / "none.txt").exists()
+
+
 def test_unconditional_samples_begin_a_document(run: Path, model: Transformer) -> None:
     write_config(run, num_samples=3, return_logits=True)
     assert main(["run.yml"]) == 0
@@ -131,7 +150,12 @@ def test_interactive(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         (["-i", "binary.txt"], {}, DataError, r"binary\.txt cannot be read as UTF-8"),
         (["-i", "long.txt"], {}, DataError, r"prompt 2 \('zzz.* has 50 tokens, and the model has 40 positions"),
         (["-i", "prompts.txt"], {"load": "elsewhere"}, CheckpointError, "elsewhere does not exist"),
-        (["-i", "prompts.txt", "--iteration", "4"], {}, CheckpointError, "no checkpoint of step 4; those there: 5"),
+        (
+            ["-i", "prompts.txt", "--iteration", "4"],
+            {"load": "checkpoints"},
+            CheckpointError,
+            "no checkpoint of step 4; those there: 5",
+        ),
         (["-i", "prompts.txt"], {"save": None, "checkpoint_factor": None}, ConfigError, "neither load nor save"),
         (["-i", "prompts.txt"], {"vocab_file": "other.json"}, CheckpointError, "trained with another tokenizer"),
         (["-i", "prompts.txt", "-o", "checkpoints"], {}, DataError, "checkpoints cannot be written"),
