@@ -64,7 +64,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         devices=options.gpus,
         planning=options.plan,
         inference=inference,
-        single_replica=purpose == "generate",
     )
     if options.plan:
         print(plan_text(config))

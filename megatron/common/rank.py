@@ -1,7 +1,7 @@
 """Which rank of which run this process is, whoever started it: our launcher, torchrun, srun, mpirun, or nobody.
 
-Opens no connection. Invariant: after `detect_rank`, RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set and
-agree on all ranks of the run.
+Opens no connection. Invariant: after `detect_rank`, RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set
+and agree on all ranks of the run.
 """
 
 from __future__ import annotations
@@ -135,7 +135,8 @@ def _from_mpi(environment: Mapping[str, str]) -> RankEnv:
     address = environment.get("MASTER_ADDR") or ("127.0.0.1" if local_size == world_size else "")
     if not address:
         raise LaunchError(
-            f"mpirun runs {world_size} processes on several hosts. Set MASTER_ADDR to rank 0's host (-x MASTER_ADDR=...)."
+            f"mpirun runs {world_size} processes on several hosts. Set MASTER_ADDR to rank 0's host (-x "
+            "MASTER_ADDR=...)."
         )
     job = environment.get("PMIX_NAMESPACE") or environment.get("OMPI_MCA_ess_base_jobid")
     if job is None and local_size == world_size:

@@ -1,12 +1,14 @@
 """Values that follow from others: precision, ZeRO stage, model sizes, vocabulary, update rule, schedule.
 
-A set value is never overwritten; where it contradicts what follows from the others, that is a problem. Layout and batch are
-in `layout`. Invariant: after these, no key that the program computes with is left open, unless a problem says why.
+A set value is never overwritten; where it contradicts what follows from the others, that is a problem. Layout and
+batch are in `layout`. Invariant: after these, no key that the program computes with is left open, unless a problem
+says why.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+
 from pydantic import ValidationError
 
 from megatron.config.draft import Draft, SkipRule, did_you_mean
@@ -78,7 +80,8 @@ def derive_precision(draft: Draft) -> None:
         if block not in asked and precision == meaning and draft[block] is not None and not draft[block].enabled:
             draft.fail(
                 "precision",
-                f"precision = {precision} contradicts {block}.enabled = false ({draft.place(block)}). Remove one of the two.",
+                f"precision = {precision} contradicts {block}.enabled = false ({draft.place(block)}). Remove one of "
+                "the two.",
             )
     precision = precision or next(iter(asked.values()), "fp32")
     if draft["precision"] in (None, "auto"):
@@ -95,7 +98,7 @@ def derive_precision(draft: Draft) -> None:
 def derive_zero(draft: Draft) -> None:
     """The stage that runs: at least 1."""
     block = draft["zero_optimization"]
-    if block is not None and block.stage == 0 and "zero_optimization.stage" in draft.origins:
+    if block is not None and block.stage == 0 and "stage" in block.model_fields_set:
         draft.warn("zero_optimization.stage", "ZeRO stage 0 runs as stage 1: the same result with less memory")
     draft.derive("zero_stage", max(1, block.stage) if block is not None else 1, "zero_optimization.stage")
 
@@ -129,7 +132,8 @@ def derive_ffn(draft: Draft) -> None:
             # Upstream builds two matrices that do not fit each other here and fails at the first forward pass.
             draft.fail(
                 "mlp_multiple_of",
-                f"mlp_multiple_of = {multiple} rounds the gate and up matrices to {joint} columns and the down matrix to "
+                f"mlp_multiple_of = {multiple} rounds the gate and up matrices to {joint} columns and the down "
+                "matrix to "
                 f"{width} rows, which do not fit. For a final width X set intermediate_size: X and mlp_multiple_of: X.",
             )
     else:
@@ -248,7 +252,8 @@ def derive_optimizer(draft: Draft) -> None:
         if draft.is_given("weight_decay") and draft["weight_decay"] != params.weight_decay:
             draft.fail(
                 "optimizer.params.weight_decay",
-                f"optimizer.params.weight_decay = {params.weight_decay} contradicts weight_decay = {draft['weight_decay']} "
+                f"optimizer.params.weight_decay = {params.weight_decay} contradicts weight_decay = "
+                f"{draft['weight_decay']} "
                 f"({draft.place('weight_decay')}). Keep one of the two.",
             )
         draft.derive("weight_decay", params.weight_decay, "optimizer.params.weight_decay")

@@ -40,7 +40,8 @@ def _tokenizer_problems(config: Config) -> list[str]:
             problems.append(f"{_place(config, 'tokenizer_type')}: tokenizer_type = {kind} needs {key}. Set it.")
         elif not Path(path).is_file():
             problems.append(
-                f"{_place(config, key)}: {key} = {path}: there is no such file. Correct the path, or make it with prepare_data.py."
+                f"{_place(config, key)}: {key} = {path}: there is no such file. Correct the path, or make it with "
+                "prepare_data.py."
             )
     return problems
 
@@ -55,7 +56,8 @@ def _dataset_problems(config: Config, key: str, prefix: str) -> list[str]:
     names = " and ".join(prefix + suffix for suffix in missing)
     return [
         where
-        + f"{names} not found. Correct the path, or make the dataset with prepare_data.py or tools/datasets/preprocess_data.py."
+        + f"{names} not found. Correct the path, or make the dataset with prepare_data.py or "
+        "tools/datasets/preprocess_data.py."
     ]
 
 

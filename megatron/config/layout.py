@@ -122,7 +122,8 @@ def derive_batch(draft: Draft) -> None:
         draft.fail(
             names[0],
             f"train_batch_size = {train} is not train_micro_batch_size_per_gpu * gradient_accumulation_steps * "
-            f"data_parallel_size = {micro} * {steps} * {dp} = {micro * steps * dp}. Set {fitting}, or remove one of the three.",
+            f"data_parallel_size = {micro} * {steps} * {dp} = {micro * steps * dp}. Set {fitting}, or remove one of "
+            "the three.",
         )
     for name, value in zip(names, (train, micro, steps), strict=True):
         draft.derive(name, value, "the batch equation")

@@ -1,7 +1,7 @@
 """The one way to a `Config`: read files, merge, check names and types, derive, check rules, freeze.
 
-Opens nothing but the YAML files and, for its size, the tokenizer's. Invariant: either a complete `Config` comes back, or one
-`ConfigError` that lists every problem found.
+Opens nothing but the YAML files and, for its size, the tokenizer's. Invariant: either a complete `Config` comes back,
+or one `ConfigError` that lists every problem found.
 """
 
 from __future__ import annotations
@@ -43,7 +43,6 @@ def load(
     devices: int | None = None,
     planning: bool = False,
     inference: bool = False,
-    single_replica: bool = False,
     require_files: bool = False,
 ) -> Config:
     """Read and resolve a configuration.
@@ -53,9 +52,9 @@ def load(
     conf_dir: folder that the file names are relative to.
     devices: the number of processes, where the caller knows it.
     planning: accept a layout that is larger than this machine.
-    inference: for generation and evaluation: one pipeline stage (checkpoints load at any layout), no optimizer states, no
+    inference: for generation and evaluation: one pipeline stage (checkpoints load at any layout), no optimizer states,
+    no
         recomputation; the batch per step is not looked at.
-    single_replica: just the processes that one replica of the model needs.
     require_files: also require the tokenizer's file and the datasets to be there (raises DataError).
 
     Raises: ConfigError listing all problems.
@@ -70,7 +69,9 @@ def load(
     draft.problems = problems
     _sort_names(draft, merged)
     _coerce(draft, merged)
-    _derive(draft, Machine(devices, planning, single_replica))
+    _derive(
+        draft, Machine(devices, planning, single_replica=inference and merged.get("text_gen_type") == "interactive")
+    )
     for rule in RULES:
         draft.run(rule)
     if draft.problems:
@@ -150,7 +151,7 @@ def _sort_names(draft: Draft, values: dict[str, Any]) -> None:
         elif name in NO_EFFECT:
             del values[name]
             neutral, reason = NO_EFFECT[name]
-            if value is not None and value != neutral:
+            if value is not None and value not in (neutral if isinstance(neutral, tuple) else (neutral,)):
                 idle.setdefault(reason, []).append(f"{name} ({draft.place(name)})")
         elif name in NOT_YET:
             del values[name]

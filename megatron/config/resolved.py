@@ -1,7 +1,7 @@
 """The finished configuration: frozen sections, where each value came from, and the files it was read from.
 
-Knows no rule. Invariant: `Config.read(path)` after `config.write(path)` gives an equal object, so that every process of a
-run sees the same values.
+Knows no rule. Invariant: `Config.read(path)` after `config.write(path)` gives an equal object, so that every process
+of a run sees the same values.
 """
 
 from __future__ import annotations
@@ -115,7 +115,8 @@ class Config:
             return cls(**sections, files=files, origins=origins, warnings=warnings)  # type: ignore[arg-type]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(
-                f"{path}: not a resolved configuration of this version ({error}). Give YAML files instead: train.py my.yml"
+                f"{path}: not a resolved configuration of this version ({error}). Give YAML files instead: train.py "
+                "my.yml"
             ) from error
 
     def replace(self, **values: Any) -> Config:
@@ -127,7 +128,7 @@ class Config:
         return dataclasses.replace(self, **sections)  # type: ignore[arg-type]
 
     def require_training(self) -> None:
-        """Refuse a configuration that lacks what only training needs. Raises: ConfigError naming all that is missing."""
+        """Refuse a configuration that lacks what training needs. Raises: ConfigError naming all that is missing."""
         place = " + ".join(file.path for file in self.files) or "configuration"
         missing = []
         if not self.training.train_iters:
@@ -146,7 +147,7 @@ class Config:
 
 
 def _write_section(section: Section) -> dict[str, Any]:
-    """JSON-ready values; of blocks such as zero_optimization only what was set, so that reading gives the same block."""
+    """JSON-ready values; of blocks only what was set, so that reading gives the same block."""
     return {
         name: value for name, value in section.model_dump(mode="json", exclude_unset=True).items() if value is not None
     }

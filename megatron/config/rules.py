@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 
 from megatron.config.draft import Draft
+from megatron.config.schema import FIELDS, field_extra
 
 
 def check_heads(draft: Draft) -> None:
@@ -16,7 +17,8 @@ def check_heads(draft: Draft) -> None:
     if hidden % heads:
         draft.problem(
             "num_attention_heads",
-            f"num_attention_heads = {heads} does not divide hidden_size = {hidden}. Use a divisor of {hidden}{_near(hidden, heads)}.",
+            f"num_attention_heads = {heads} does not divide hidden_size = {hidden}. Use a divisor of "
+            f"{hidden}{_near(hidden, heads)}.",
         )
     if heads % kv_heads:
         draft.problem(
@@ -59,7 +61,8 @@ def check_positions(draft: Draft) -> None:
     if draft["seq_length"] > draft["max_position_embeddings"]:
         draft.problem(
             "max_position_embeddings",
-            f"max_position_embeddings = {draft['max_position_embeddings']} is below seq_length = {draft['seq_length']}. Raise it or lower seq_length.",
+            f"max_position_embeddings = {draft['max_position_embeddings']} is below seq_length = "
+            f"{draft['seq_length']}. Raise it or lower seq_length.",
         )
 
 
@@ -74,7 +77,8 @@ def check_gelu(draft: Draft) -> None:
     if draft["bias_gelu_fusion"] and draft["activation"] != "gelu":
         draft.problem(
             "bias_gelu_fusion",
-            f"bias_gelu_fusion = true asks for tanh gelu, and activation = {draft['activation']}. Remove one of the two.",
+            f"bias_gelu_fusion = true asks for tanh gelu, and activation = {draft['activation']}. Remove one of the "
+            "two.",
         )
 
 
@@ -84,7 +88,8 @@ def check_zero(draft: Draft) -> None:
     if stage >= 2 and stages >= 2:
         draft.problem(
             "zero_optimization.stage",
-            f"zero_optimization.stage = {stage} does not work with pipe_parallel_size = {stages}: pipeline stages need their "
+            f"zero_optimization.stage = {stage} does not work with pipe_parallel_size = {stages}: pipeline stages "
+            "need their "
             f"whole gradients until the last micro-batch. Use stage 1, or pipe_parallel_size: 1 with stage {stage}.",
         )
     block = draft["zero_optimization"]
@@ -114,10 +119,6 @@ def check_learning_rate(draft: Draft) -> None:
     lr, min_lr = draft["lr"], draft["min_lr"]
     if lr is not None and min_lr > lr:
         draft.problem("min_lr", f"min_lr = {min_lr:g} is above optimizer.params.lr = {lr:g}. Lower min_lr or raise lr.")
-    if draft["override_lr_scheduler"] and draft["use_checkpoint_lr_scheduler"]:
-        draft.problem(
-            "override_lr_scheduler", "override_lr_scheduler and use_checkpoint_lr_scheduler are both true. Keep one."
-        )
     for beta in draft["betas"]:
         if not 0 <= beta < 1:
             draft.problem(
@@ -131,7 +132,8 @@ def check_checkpoint(draft: Draft) -> None:
     if draft["save"] is not None and factor is None and extra is None:
         draft.problem(
             "save",
-            f"save = {draft['save']} needs to know when. Set checkpoint_factor (steps between checkpoints) or extra_save_iters.",
+            f"save = {draft['save']} needs to know when. Set checkpoint_factor (steps between checkpoints) or "
+            "extra_save_iters.",
         )
     if factor is not None and draft["checkpoint_scale"] == "linear" and (factor < 1 or factor != int(factor)):
         draft.problem(
@@ -158,7 +160,8 @@ def check_data(draft: Draft) -> None:
     if lists and draft["data_path"] is not None:
         draft.problem(
             "data_path",
-            f"data_path and {lists[0]}_data_paths ({draft.place(f'{lists[0]}_data_paths')}) are both set. Keep one of the two.",
+            f"data_path and {lists[0]}_data_paths ({draft.place(f'{lists[0]}_data_paths')}) are both set. Keep one "
+            "of the two.",
         )
     if lists and len(lists) < 3:
         absent = " and ".join(f"{part}_data_paths" for part in parts if part not in lists)
@@ -189,14 +192,22 @@ def check_split(draft: Draft) -> None:
     if not 1 <= len(shares) <= 3 or not all(math.isfinite(s) and s >= 0 for s in shares) or sum(shares) <= 0:
         draft.problem(
             "split",
-            f'split = "{text}" is not up to three shares for training, validation and test. Write for example "969, 30, 1".',
+            f'split = "{text}" is not up to three shares for training, validation and test. Write for example "969, '
+            '30, 1".',
         )
 
 
 def check_deepspeed(draft: Draft) -> None:
-    """DeepSpeed is the engine."""
+    """DeepSpeed is the engine, and what has a key of its own does not hide in its extra arguments."""
     if not draft["deepspeed"]:
         draft.problem("deepspeed", "deepspeed = false: training always runs over DeepSpeed. Remove the key.")
+    names = {field_extra(name, "deepspeed"): name for name in FIELDS if field_extra(name, "deepspeed")}
+    for name in draft["deepspeed_extra_args"] or {}:
+        if name in names:
+            draft.problem(
+                f"deepspeed_extra_args.{name}",
+                f"deepspeed_extra_args.{name} has a key of its own. Move it out of the block, to {names[name]}.",
+            )
 
 
 RULES = (

@@ -77,7 +77,8 @@ def parse_source(name: str, text: str) -> Source:
     if not isinstance(root, yaml.MappingNode):
         kind = "list" if isinstance(root, yaml.SequenceNode) else "single value"
         raise ConfigError(
-            f"{name}:{root.start_mark.line + 1}: holds a {kind}, not `key: value` pairs. Write one `key: value` per line."
+            f"{name}:{root.start_mark.line + 1}: holds a {kind}, not `key: value` pairs. Write one `key: value` per "
+            "line."
         )
     values = _Builder(source).mapping(root, "", normalise=True)
     source.values.update(values)

@@ -16,7 +16,7 @@ _DEAD = "upstream never reads it either"
 _LOSS_SCALE = "upstream never reads it; set it inside the fp16 block"
 
 NO_EFFECT: dict[str, tuple[Any, str]] = {
-    # key: (value that asks for nothing, why it has no effect)
+    # key: (value, or values, that ask for nothing; why it has no effect)
     "scaled_upper_triang_masked_softmax_fusion": (False, _FUSED),
     "scaled_masked_softmax_fusion": (False, _FUSED),
     "bias_dropout_fusion": (False, _FUSED),
@@ -72,6 +72,10 @@ NO_EFFECT: dict[str, tuple[Any, str]] = {
     "rpe_max_distance": (128, "it only serves pos_emb: rpe"),
     "scalenorm_epsilon": (1e-8, "it only serves norm: scalenorm"),
     "gmlp_attn_dim": (64, "it only serves gmlp layers"),
+    "data_impl": (("infer", "mmap"), "the files say themselves which format they have"),
+    "launcher": ("pdsh", "other hosts are reached through srun, mpirun or torchrun"),
+    "deepspeed_slurm": (False, "the variables of srun are recognised by themselves"),
+    "deepspeed_mpi": (False, "the variables of mpirun are recognised by themselves"),
     "force_multi": (False, "the launcher looks at the hosts"),
     "no_ssh_check": (False, "no ssh connection is probed"),
     "onnx_safe": (False, "activations are plain torch operations"),
@@ -123,6 +127,7 @@ NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
     **dict.fromkeys(("moe_num_experts", "moe_expert_interval", "moe_top_k"), ((1,), _MOE)),
     "moe_router_type": (("sinkhorn",), _MOE),
     "moe_jitter_eps": ((None,), _MOE),
+    **dict.fromkeys(("override_lr_scheduler", "use_checkpoint_lr_scheduler"), ((False,), "choosing between schedules")),
     "s3_path": ((None,), "S3 storage"),
     "checkpoint_validation_with_forward_pass": ((False,), "this check"),
     "char_level_ppl": ((False,), "perplexity per character"),

@@ -46,7 +46,8 @@ def rank_commands(
         gpus = count_gpus(environment)
         if world_size > gpus:
             raise LaunchError(
-                f"the run needs {world_size} GPUs ({config.origin('world_size')}) and this host offers {gpus}. Use fewer "
+                f"the run needs {world_size} GPUs ({config.origin('world_size')}) and this host offers {gpus}. Use "
+                "fewer "
                 "processes, or start the script under srun, mpirun or torchrun on several hosts."
             )
     address = config.launcher.master_addr or environment.get("MASTER_ADDR") or "127.0.0.1"
@@ -75,6 +76,8 @@ def require_one_host(config: Config) -> None:
             ("hostfile", launcher.hostfile) if launcher.hostfile is not None else ("num_nodes", launcher.num_nodes)
         )
         raise LaunchError(
-            f"{config.origin(key)}: {key} = {value}: starting processes on other hosts is not supported yet. Run the script "
-            f"itself on every host under srun, mpirun or torchrun (srun python train.py my.yml), or remove {key} to use this host."
+            f"{config.origin(key)}: {key} = {value}: starting processes on other hosts is not supported yet. Run the "
+            "script "
+            f"itself on every host under srun, mpirun or torchrun (srun python train.py my.yml), or remove {key} to "
+            "use this host."
         )

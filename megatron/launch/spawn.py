@@ -1,6 +1,7 @@
 """Run the ranks of one host, pass on their output and signals, and leave nothing behind.
 
-Knows no configuration. Rank 0 writes straight to the terminal; the other ranks' lines go to stderr with `[rank N]` in front.
+Knows no configuration. Rank 0 writes straight to the terminal; the other ranks' lines go to stderr with `[rank N]` in
+front.
 Invariant: when `run_ranks` returns or this process dies, by whatever signal, no rank is running any more.
 """
 
@@ -58,7 +59,8 @@ class _Rank:
     def _pass_on(self, stream: IO[bytes]) -> None:
         for raw in stream:
             line = raw.decode("utf-8", "replace")
-            self.last_words.append(line)
+            if stream is self.process.stderr:
+                self.last_words.append(line)
             if self.number:
                 line = f"[rank {self.number}] {line}"
             with contextlib.suppress(OSError, ValueError):

@@ -1,7 +1,7 @@
-"""How a script becomes its rank: `--config FILE` from deepy.py, or configuration files and the environment of torchrun & co.
+"""How a script becomes its rank: by `--config FILE` from deepy.py, or by YAML files and the environment of torchrun.
 
-Does not import torch. Invariant: after `worker_config`, the environment names this process's rank and the configuration's
-world size is that of the run.
+Does not import torch. Invariant: after `worker_config`, the environment names this process's rank and the
+configuration's world size is that of the run.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from megatron.common.devices import count_cores
 from megatron.common.errors import LaunchError
 from megatron.common.rank import RankEnv, detect_rank
 from megatron.config import Config, load, require_inputs
@@ -36,6 +37,7 @@ def worker_config(argv: Sequence[str] | None = None, purpose: Purpose = "train")
     add_flags(parser)
     options = parser.parse_args(argv)
     rank_env = detect_rank()
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, count_cores() // rank_env.local_world_size)))
     if options.config:
         config = Config.read(options.config)
         _follow_parent()

@@ -1,8 +1,8 @@
 """Floating-point operations of one training token, a term for each matrix product.
 
-A product of [m, k] and [k, n] costs 2 m k n. The backward pass costs twice the forward pass: one product for the input's
-gradient, one for the weight's. Per token and layer, with H hidden, D head width, N and G query and kv heads, F feed-forward
-width, S sequence, V vocabulary rows:
+A product of [m, k] and [k, n] costs 2 m k n. The backward pass costs twice the forward pass: one product for the
+input's gradient, one for the weight's. Per token and layer, with H hidden, D head width, N and G query and kv heads, F
+feed-forward width, S sequence, V vocabulary rows:
 
     query_key_value   2 H (N + 2 G) D
     scores            2 S N D            q k^T; counted over the whole sequence, as is usual in utilisation figures,
@@ -25,7 +25,7 @@ FORWARD_AND_BACKWARD = 3
 
 
 def flops_terms(config: Config) -> dict[str, int]:
-    """Forward FLOPs of one token over all layers, by term. Raises: ConfigError if the vocabulary's size is not known."""
+    """Forward FLOPs of one token over all layers, by term. Raises: ConfigError if the vocabulary is not known."""
     model, rows = config.model, config.tokenizer.padded_vocab_size
     hidden, heads, kv_heads, ffn = model.hidden_size, model.num_attention_heads, model.num_kv_heads, model.ffn_size
     layers, sequence = model.num_layers, model.seq_length

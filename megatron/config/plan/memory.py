@@ -1,7 +1,7 @@
 """Memory of the fullest device, by component: an estimate from shapes, before anything is allocated.
 
-Not a promise: allocators round up and kernels need scratch space, which `margin` stands for. Invariant: each component is a
-formula over the configuration, written beside its line.
+Not a promise: allocators round up and kernels need scratch space, which `margin` stands for. Invariant: each component
+is a formula over the configuration, written beside its line.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _activation_bytes(config: Config, stage: int, word: int) -> int:
     batch, sequence = config.batch.train_micro_batch_size_per_gpu, model.seq_length
     hidden, heads, kv_heads, ffn = model.hidden_size, model.num_attention_heads, model.num_kv_heads, model.ffn_size
     width, kv_width = heads * model.head_dim, kv_heads * model.head_dim
-    # Whole on every tensor rank: the block's input and what the two norms make of it; a sequential residual's middle as well.
+    # Whole on every tensor rank: the block's input, what the two norms make of it, a sequential residual's middle.
     whole = hidden * (3 + (0 if model.gpt_j_residual else 1))
     # Divided: q, k, v; rotated q and k; the attention's output; the feed-forward before and after its activation.
     rotated = width + kv_width if model.pos_emb == "rotary" else 0
@@ -90,7 +90,7 @@ def _activation_bytes(config: Config, stage: int, word: int) -> int:
 
 
 def _loss_bytes(config: Config) -> int:
-    """Chunked cross-entropy: one fp32 chunk of logits that its gradient overwrites, and fp32 gradients of the hidden states."""
+    """Chunked loss: one fp32 chunk of logits that its gradient overwrites, and fp32 gradients of the hidden states."""
     rows, hidden = config.tokenizer.padded_vocab_size, config.model.hidden_size
     batch, sequence = config.batch.train_micro_batch_size_per_gpu, config.model.seq_length
     chunk = min(LOSS_CHUNK_ROWS, batch * sequence)

@@ -45,10 +45,11 @@ class ParameterCount:
 
 
 def require_vocabulary(config: Config) -> None:
-    """Raises: ConfigError if the number of rows of the embedding is not known, because the tokenizer's file is missing."""
+    """Raises: ConfigError if the rows of the embedding are not known, because the tokenizer's file is missing."""
     if config.tokenizer.padded_vocab_size is None:
         raise ConfigError(
-            f"{config.origin('vocab_file')}: the size of the vocabulary is not known: {config.tokenizer.vocab_file} is not "
+            f"{config.origin('vocab_file')}: the size of the vocabulary is not known: {config.tokenizer.vocab_file} "
+            "is not "
             "there. Make the tokenizer first (prepare_data.py does), or set padded_vocab_size."
         )
 

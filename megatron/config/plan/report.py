@@ -26,7 +26,8 @@ def _layout(config: Config) -> tuple[str, list[str]]:
     parallel, batch = config.parallel, config.batch
     return "Layout", [
         f"{parallel.world_size} processes ({config.origin('world_size').removeprefix('derived from ')}) = "
-        f"{parallel.num_stages} stages x {parallel.data_parallel_size} replicas x {parallel.model_parallel_size} tensor ranks",
+        f"{parallel.num_stages} stages x {parallel.data_parallel_size} replicas x {parallel.model_parallel_size} "
+        "tensor ranks",
         f"ZeRO stage {config.zero.stage}, {config.precision.precision}, on {config.launcher.device}",
         f"batch: {batch.train_batch_size} sequences per step = {batch.train_micro_batch_size_per_gpu} per forward pass "
         f"x {batch.gradient_accumulation_steps} accumulation steps x {parallel.data_parallel_size} replicas",
@@ -71,7 +72,8 @@ def _tokens(config: Config) -> tuple[str, list[str]]:
     if optimizer.lr is not None and schedule.lr_decay_iters:
         rise = schedule.warmup * schedule.lr_decay_iters
         lines.append(
-            f"{optimizer.type}, learning rate 0 to {optimizer.lr:g} over {rise:,.0f} steps, then {schedule.lr_decay_style}"
+            f"{optimizer.type}, learning rate 0 to {optimizer.lr:g} over {rise:,.0f} steps, then "
+            f"{schedule.lr_decay_style}"
             + (
                 ""
                 if schedule.lr_decay_style == "constant"

@@ -39,7 +39,8 @@ class ModelSection(Section):
     )
     intermediate_size: Int | None = key(
         None,
-        "Feed-forward width before gating arithmetic: a gated activation uses two thirds of it, then both are rounded up "
+        "Feed-forward width before gating arithmetic: a gated activation uses two thirds of it, then both are "
+        "rounded up "
         "to mlp_multiple_of. Unset: 4 * hidden_size.",
         gt=0,
     )

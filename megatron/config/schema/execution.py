@@ -199,8 +199,3 @@ class LauncherSection(Section):
     )
     master_addr: str | None = key(None, "Address of rank 0. Unset: this host, or MASTER_ADDR.")
     master_port: Int | None = key(None, "Port of the rendezvous. Unset: a free one, or MASTER_PORT.", gt=0, lt=65536)
-    launcher: Literal["pdsh", "openmpi", "mvapich", "slurm", "mpich", "impi"] = key(
-        "pdsh", "What starts processes on other hosts."
-    )
-    deepspeed_slurm: Bool = key(False, "Not needed: SLURM_* is recognised by itself.")
-    deepspeed_mpi: Bool = key(False, "Not needed: OMPI_* and PMI_* are recognised by themselves.")

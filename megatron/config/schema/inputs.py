@@ -50,7 +50,6 @@ class DataSection(Section):
     weight_by_num_documents: Bool = key(False, "Weights from the numbers of documents, in place of the lists.")
     weighted_sampler_alpha: Float = key(1.0, "Exponent of weight_by_num_documents.", gt=0)
     split: str = key("969, 30, 1", "Shares of data_path for training, validation and test.")
-    data_impl: Literal["infer", "mmap", "cached"] = key("infer", "Format of the files; infer looks.")
     pack_impl: Literal["packed", "pack_until_overflow", "unpacked"] = key("packed", "How documents fill sequences.")
     dataset_impl: Literal["gpt2", "pairwise", "online"] = key("gpt2", "Kind of dataset.")
     allow_chopped: Bool = key(

@@ -1,4 +1,4 @@
-"""The keys that say how the model learns: optimizer, learning-rate schedule, steps, validation, activation checkpointing.
+"""The keys that say how the model learns: optimizer, learning-rate schedule, steps, validation, recomputation.
 
 Invariant: `OptimizerSection` and `ScheduleSection` hold every number of the update rule, typed, defaults filled in.
 """
@@ -51,8 +51,6 @@ class ScheduleSection(Section):
     lr_decay_fraction: Float | None = key(None, "lr_decay_iters as a part of train_iters. Unset: 1.", gt=0, le=1)
     min_lr: Float = key(0.0, "The rate never falls below this after warm-up.", ge=0)
     warmup: Float = key(0.01, "Part of lr_decay_iters over which the rate rises from 0.", ge=0, le=1)
-    override_lr_scheduler: Bool = key(False, "On resuming, use this file's schedule and not the checkpoint's.")
-    use_checkpoint_lr_scheduler: Bool = key(False, "On resuming, use the checkpoint's schedule.")
 
 
 class TrainingSection(Section):

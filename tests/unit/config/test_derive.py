@@ -1,0 +1,177 @@
+"""What follows from other keys: precision, ZeRO stage, feed-forward width, vocabulary, update rule."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron.config import Config
+from megatron.config import layout as layout_module
+
+Tiny = Callable[..., Config]
+Refused = Callable[..., str]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "fp32"),
+        ({"fp16": {"enabled": True}}, "fp16"),
+        ({"fp16": {"enabled": False}}, "fp32"),
+        ({"bf16": {"enabled": True}}, "bfloat16"),
+        ({"bf16": {"enabled": True}, "fp16": {"enabled": False}}, "bfloat16"),
+        ({"precision": "fp16"}, "fp16"),
+        ({"precision": "bfloat16", "bf16": {"enabled": True}}, "bfloat16"),
+        ({"precision": "auto"}, "fp32"),
+        ({"precision": "auto", "fp16": {"enabled": True}}, "fp16"),
+        ({"fp16": {"enabled": True, "type": "bfloat16"}}, "bfloat16"),
+    ],
+)
+def test_precision(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object], expected: str) -> None:
+    monkeypatch.setattr(layout_module, "count_gpus", lambda: 0)
+    assert tiny(**changes).precision.precision == expected
+
+
+def test_precision_auto_is_bfloat16_on_a_gpu(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout_module, "count_gpus", lambda: 1)
+    config = tiny(precision="auto")
+    assert config.precision.precision == "bfloat16"
+    assert config.precision.bf16 is not None
+    assert config.precision.bf16.enabled
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"precision": "fp32", "fp16": {"enabled": True}},
+        {"precision": "fp16", "bf16": {"enabled": True}},
+        {"precision": "bfloat16", "bf16": {"enabled": False}},
+        {"fp16": {"enabled": True}, "bf16": {"enabled": True}},
+    ],
+)
+def test_contradicting_precisions_name_both_keys(refused: Refused, changes: dict[str, object]) -> None:
+    message = refused(**changes)
+    assert all(name in message for name in changes)
+    assert len(message.split("\n")) == 1
+
+
+def test_zero_stage_0_runs_as_1_and_says_so(tiny: Tiny) -> None:
+    config = tiny(zero_optimization={"stage": 0})
+    assert config.zero.stage == 1
+    assert any("stage 0 runs as stage 1" in warning for warning in config.warnings)
+    assert tiny().zero.stage == 1
+    assert not tiny().warnings
+    assert tiny(zero_optimization={"stage": 3}).zero.stage == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, 192),
+        ({"intermediate_size": 100}, 100),
+        ({"intermediate_size": 100, "mlp_multiple_of": 64}, 128),
+        ({"expansion_factor": 2.5}, 120),
+        # Llama 7B: 2/3 of 32768 is 21845, rounded up to 2 * 256, half of it 10922 rounded up to 256.
+        ({"activation": "swiglu", "intermediate_size": 32768, "mlp_multiple_of": 256}, 11008),
+        ({"activation": "swiglu", "intermediate_size": 14336, "mlp_multiple_of": 14336}, 14336),
+        ({"activation": "geglu"}, 64),
+    ],
+)
+def test_feed_forward_width(tiny: Tiny, changes: dict[str, object], expected: int) -> None:
+    assert tiny(**changes).model.ffn_size == expected
+
+
+def test_gate_and_down_that_do_not_fit_are_refused(refused: Refused) -> None:
+    # Upstream's Mistral file: 14336 with mlp_multiple_of 1 gives 9558 columns against 4778 rows.
+    message = refused(activation="swiglu", intermediate_size=14336)
+    assert "9558" in message
+    assert "4778" in message
+
+
+def test_expansion_factor_and_intermediate_size_exclude_each_other(refused: Refused) -> None:
+    assert "both set" in refused(expansion_factor=4, intermediate_size=64)
+
+
+def test_set_values_are_not_overwritten(tiny: Tiny) -> None:
+    config = tiny(num_kv_heads=2, max_position_embeddings=99, padded_vocab_size=600, lr_decay_iters=7, train_iters=9)
+    assert config.model.num_kv_heads == 2
+    assert config.model.max_position_embeddings == 99
+    assert config.tokenizer.padded_vocab_size == 600
+    assert config.schedule.lr_decay_iters == 7
+    assert tiny(train_iters=9).schedule.lr_decay_iters == 9
+    assert tiny(train_iters=10, lr_decay_fraction=0.5).schedule.lr_decay_iters == 5
+
+
+def test_unset_values_are_derived(tiny: Tiny) -> None:
+    config = tiny()
+    assert config.model.num_kv_heads == 6
+    assert config.model.max_position_embeddings == 32
+    assert config.generation.text_gen_type == "unconditional"
+    assert tiny(sample_input_file="p.txt").generation.text_gen_type == "input-file"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (None, ["global"] * 4),
+        ([[["flash"], 4]], ["flash"] * 4),
+        ([[["flash", "global"], "all"]], ["flash", "global"] * 2),
+        ([[["global"], 1], [["flash"], "all"]], ["global", "flash", "flash", "flash"]),
+        (["flash", "flash", "global", "global"], ["flash", "flash", "global", "global"]),
+    ],
+)
+def test_attention_pattern(tiny: Tiny, given: object, expected: list[str]) -> None:
+    assert tiny(attention_config=given).model.attention_config == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([[["flash"], 3]], "describes 3 layers and num_layers = 4"),
+        ([[["mamba"], "all"]], "asks for mamba"),
+        ([["flash", 4]], "Each entry is a name"),
+    ],
+)
+def test_attention_pattern_that_does_not_fit(refused: Refused, given: object, message: str) -> None:
+    assert message in refused(attention_config=given)
+
+
+def test_vocabulary_is_padded_for_all_tensor_ranks(tiny: Tiny, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps({"model": {"vocab": {"a": 0, "b": 299}}, "added_tokens": [{"id": 300}]}))
+    config = tiny(2, tokenizer_type="HFTokenizer", vocab_file=str(path), model_parallel_size=2, hidden_size=48)
+    assert (config.tokenizer.vocab_size, config.tokenizer.padded_vocab_size) == (301, 512)
+
+
+def test_padded_vocabulary_below_the_tokenizers_is_refused(refused: Refused) -> None:
+    assert "padded_vocab_size = 400 is below the tokenizer's 512 ids" in refused(padded_vocab_size=400)
+
+
+def test_optimizer_params_become_typed(tiny: Tiny) -> None:
+    config = tiny(optimizer={"type": "Adam", "params": {"lr": "1e-4", "betas": [0.9, 0.95], "weight_decay": 0.3}})
+    optimizer = config.optimizer
+    assert (optimizer.type, optimizer.lr, optimizer.betas, optimizer.eps) == ("adam", 1e-4, (0.9, 0.95), 1e-8)
+    assert optimizer.weight_decay == 0.3
+    assert tiny(optimizer={"type": "AdamW"}).optimizer.type == "adam"
+    assert tiny(optimizer={"type": "Lion"}).optimizer.betas == (0.9, 0.99)
+    assert tiny(optimizer={"type": "SGD", "params": {"lr": 1, "momentum": 0.9}}).optimizer.momentum == 0.9
+    assert tiny().optimizer.gradient_clipping == 1.0
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"lr": 1e-3, "bets": [0.9, 0.95]}, "optimizer.params.bets is no parameter of adam. Did you mean betas?"),
+        ({"lr": -1}, "optimizer.params.lr = -1 must be above 0."),
+        ({"betas": [0.9, 1.5]}, "each must lie in [0, 1)"),
+        ({"betas": 3}, "optimizer.params.betas = 3 must be a list."),
+        ({"weight_decay": 0.2}, "contradicts weight_decay = 0.1"),
+    ],
+)
+def test_wrong_optimizer_params(refused: Refused, params: dict[str, object], message: str) -> None:
+    found = refused(optimizer={"type": "Adam", "params": params}, weight_decay=0.1)
+    assert message in found
+    assert len(found.split("\n")) == 1

@@ -1,0 +1,87 @@
+"""Rules between keys: each message, and that what is just allowed passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from megatron.common.errors import ConfigError
+from megatron.config import Config
+
+LISTS = {f"{part}_data_paths": ["a", "b"] for part in ("train", "valid", "test")}
+ADAM = {"type": "Adam", "params": {"lr": 1e-3}}
+
+
+@pytest.mark.parametrize(
+    ("devices", "changes", "message"),
+    [
+        (4, {"model_parallel_size": 4}, "num_attention_heads = 6 is not a multiple of model_parallel_size = 4"),
+        (2, {"model_parallel_size": 2, "num_kv_heads": 3}, "num_kv_heads = 3 is not a multiple of model_parallel_size"),
+        (3, {"model_parallel_size": 3, "intermediate_size": 100}, "ffn_size = 100 is not a multiple"),
+        (2, {"model_parallel_size": 2, "padded_vocab_size": 513}, "padded_vocab_size = 513 is not a multiple"),
+        (1, {"pos_emb": "rotary", "rotary_pct": 0.4}, "turns 3 of 8 dimensions"),
+        (1, {"pos_emb": "rotary", "rotary_pct": 0.1}, "turns 0 of 8 dimensions"),
+        (1, {"max_position_embeddings": 31}, "max_position_embeddings = 31 is below seq_length = 32"),
+        (1, {"gpt_j_tied": True}, "gpt_j_tied = true needs gpt_j_residual"),
+        (1, {"bias_gelu_fusion": True, "activation": "relu"}, "asks for tanh gelu, and activation = relu"),
+        (2, {"pipe_parallel_size": 2, "zero_optimization": {"stage": 2}}, "does not work with pipe_parallel_size = 2"),
+        (1, {"zero_optimization": {"stage": 1, "offload_param": {"device": "cpu"}}}, "needs zero_optimization.stage = 3"),
+        (5, {"pipe_parallel_size": 5}, "pipe_parallel_size = 5 is more than num_layers = 4"),
+        (1, {"min_lr": 0.1, "optimizer": ADAM}, "min_lr = 0.1 is above optimizer.params.lr = 0.001"),
+        (1, {"lr_decay_iters": 5, "lr_decay_fraction": 0.5, "train_iters": 9}, "are both set"),
+        (1, {"save": "x"}, "needs to know when. Set checkpoint_factor"),
+        (1, {"checkpoint_factor": 1.5}, "must be a whole number of steps"),
+        (1, {"checkpoint_factor": 1, "checkpoint_scale": "log"}, "must be above 1"),
+        (1, {"extra_save_iters": [1, -2]}, "holds a negative step"),
+        (1, {"finetune": True}, "finetune = true needs load"),
+        (1, {"iteration": 5}, "iteration = 5 needs load"),
+        (1, {"data_path": "d", **LISTS}, "are both set"),
+        (1, {"train_data_paths": ["a"]}, "valid_data_paths and test_data_paths not. Set all three."),
+        (1, {**LISTS, "valid_data_weights": [1.0]}, "valid_data_weights has 1 entries and valid_data_paths 2"),
+        (1, {**LISTS, "train_data_weights": [0.0, 0.0]}, "not all 0"),
+        (1, {**LISTS, "train_label_data_paths": ["a"]}, "train_label_data_paths has 1 entries"),
+        (1, {"split": "a,b"}, "not up to three shares"),
+        (1, {"split": "1,2,3,4"}, "not up to three shares"),
+        (1, {"split": "0,0,0"}, "not up to three shares"),
+        (1, {"deepspeed": False}, "training always runs over DeepSpeed"),
+        (1, {"num_layers": None}, "num_layers is missing"),
+        (1, {"pack_impl": "unpacked"}, "pack_impl = unpacked is not supported yet. Use packed."),
+        (1, {"optimizer": {"type": "sm3", "params": {"lr": 1}}}, "optimizer.type = sm3 is not supported yet."),
+        (1, {"deepspeed_extra_args": {"fp16": {}}, "fp16": {"enabled": True}}, "deepspeed_extra_args.fp16"),
+    ],
+)
+def test_refused(refused: Callable[..., str], devices: int, changes: dict[str, object], message: str) -> None:
+    found = refused(devices, **changes)
+    assert message in found
+    assert len(found.split("\n")) == 1, "one mistake, one message"
+
+
+@pytest.mark.parametrize(
+    ("devices", "changes"),
+    [
+        (3, {"model_parallel_size": 3, "intermediate_size": 99}),
+        (2, {"model_parallel_size": 2, "num_kv_heads": 2}),
+        (4, {"pipe_parallel_size": 4}),
+        (2, {"zero_optimization": {"stage": 2}}),
+        (1, {"pipe_parallel_size": 1, "zero_optimization": {"stage": 3}}),
+        (1, {"pos_emb": "rotary", "rotary_pct": 0.25}),
+        (1, {"max_position_embeddings": 32}),
+        (1, {"gpt_j_tied": True, "gpt_j_residual": True}),
+        (1, {"min_lr": 1e-3, "optimizer": ADAM}),
+        (1, {"save": "x", "extra_save_iters": [0]}),
+        (1, {"checkpoint_factor": 1.5, "checkpoint_scale": "log"}),
+        (1, {"split": "98/1/1"}),
+        (1, {**LISTS, "train_data_weights": [0.0, 2.0]}),
+        (1, {"deepspeed_extra_args": {"zero_force_ds_cpu_optimizer": False}}),
+    ],
+)
+def test_accepted(tiny: Callable[..., Config], devices: int, changes: dict[str, object]) -> None:
+    assert tiny(devices, **changes).parallel.world_size == devices
+
+
+def test_training_needs_steps_optimizer_and_data(tiny: Callable[..., Config]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        tiny().require_training()
+    assert [word in str(caught.value) for word in ("train_iters", "optimizer is missing", "data_path")] == [True] * 3
+    tiny(train_iters=1, optimizer=ADAM, data_path="d").require_training()
