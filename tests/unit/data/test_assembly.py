@@ -1,7 +1,6 @@
 """From paths, proportions and weights to the data sets of a run."""
 
 import logging
-import math
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +64,7 @@ def test_other_packings_keep_the_split(tmp_path: Path, packing: str) -> None:
 
 
 def test_each_blended_part_has_upstreams_size(tmp_path: Path) -> None:
-    for name, documents in (("a", 3), ("b", 200)):
+    for name, documents in (("a", 3), ("b", 160)):
         make_pair(tmp_path / name, [50] * documents)
     prefixes = [str(tmp_path / name) for name in "ab"]
     blend = blend_many("train", prefixes, RULES, 1000, weights=[0.001, 0.999])
@@ -74,8 +73,8 @@ def test_each_blended_part_has_upstreams_size(tmp_path: Path) -> None:
     small, large = blend.datasets
     assert isinstance(small, PackedDataset)
     assert isinstance(large, PackedDataset)
-    tokens = large.indexed.num_tokens
-    assert len(large.document_order) == 200 * math.ceil((math.ceil(1000 * 0.999 * 1.005) * 8 + 1) / tokens)
+    # 999 samples of 8 tokens fit into one epoch of 8,000; the 1,004 that upstream asks for do not.
+    assert len(large.document_order) == 2 * 160
     assert np.bincount(blend.dataset_ids).tolist() == [1, 999]
 
 

@@ -40,13 +40,14 @@ class Handler(BaseHTTPRequestHandler):
             self.send_error(404)
             return
         body, start = self.server.body, 0
-        if wanted and self.server.ranges and self.headers.get("If-Range") == self.server.etag:
+        if wanted and self.server.ranges and self.headers.get("If-Range", "") == self.server.etag:
             start = int(wanted.removeprefix("bytes=").removesuffix("-"))
             self.send_response(206)
             self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
         else:
             self.send_response(200)
-        self.send_header("ETag", self.server.etag)
+        if self.server.etag:
+            self.send_header("ETag", self.server.etag)
         self.send_header("Content-Length", str(len(body) - start))
         self.end_headers()
         if self.server.cuts > 0:
@@ -111,6 +112,12 @@ def test_a_part_of_another_version_is_not_continued(server: Server, tmp_path: Pa
 def test_a_server_without_ranges_starts_over(server: Server, tmp_path: Path) -> None:
     server.cuts, server.ranges = 1, False
     assert get(server, tmp_path / "file.bin").read_bytes() == BODY
+
+
+def test_without_a_validator_the_transfer_starts_over(server: Server, tmp_path: Path) -> None:
+    server.cuts, server.etag = 1, ""
+    assert get(server, tmp_path / "file.bin").read_bytes() == BODY
+    assert server.requests == [None, None]
 
 
 def test_checksums_are_compared(server: Server, tmp_path: Path) -> None:
