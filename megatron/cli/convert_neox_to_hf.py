@@ -27,10 +27,12 @@ def main(argv: list[str] | None = None) -> int:
             "--config_file is missing: it says which tokenizer belongs to the model, and its precision. Give it, or "
             "give --precision and --no_save_tokenizer."
         )
+    reader = open_checkpoint(args.input_dir, args.iteration, kinds=["weight"])
     precision = args.precision
     if config is not None and precision == "auto":
-        precision = _OF_CONFIG[config.precision.precision or "fp32"]
-    reader = open_checkpoint(args.input_dir, args.iteration, kinds=["weight"])
+        # What the run used, not what `precision: auto` would mean on this machine.
+        trained_in = reader.state.get("layout", {}).get("precision", config.precision.precision)
+        precision = _OF_CONFIG[trained_in or "fp32"]
     print(f"{reader.folder} (step {reader.step}) -> {args.output_dir}, {precision}", flush=True)
     tokenizer = None if config is None or args.no_save_tokenizer else _tokenizer(config, reader.state.get("facts", {}))
     result = export_gpt_neox(
