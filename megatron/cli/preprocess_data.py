@@ -60,8 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.dataset_impl != "mmap":
         raise DataError(
             f"--dataset-impl {options.dataset_impl}: that older format cannot be trained from, so it is read but no "
-            "longer "
-            "written. Leave the option out."
+            "longer written. Leave the option out."
         )
     if options.workers < 1 or options.log_interval < 1:
         raise DataError(f"--workers {options.workers} --log-interval {options.log_interval}: both must be 1 or more.")

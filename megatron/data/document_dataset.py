@@ -57,9 +57,8 @@ class DocumentDataset:
             if not len(usable):
                 raise DataError(
                     f"{indexed.prefix}: none of the documents {start} to {stop} ({name}) can be used: they are "
-                    "empty, have "
-                    f"only ignored labels, or are longer than seq_length + 1 = {seq_length + 1} with allow_chopped: "
-                    "false."
+                    f"empty, have only ignored labels, or are longer than seq_length + 1 = {seq_length + 1} with "
+                    "allow_chopped: false."
                 )
             return build_document_index(indexed.sizes, usable, seq_length, seed, packing, *wanted)
 

@@ -56,8 +56,7 @@ def fetch(
                 reason = getattr(error, "reason", None) or error
                 raise DataError(
                     f"{url} cannot be fetched ({reason}; {_ATTEMPTS} attempts). Run the same command again to "
-                    "continue, or "
-                    f"without network: {_by_hand(target)}"
+                    f"continue, or without network: {_by_hand(target)}"
                 ) from error
             time.sleep(pause_s * attempt)
     if sha256 is not None and (found := file_sha256(part)) != sha256:

@@ -44,7 +44,7 @@ _PROBE_BYTES = 4096
 
 @dataclass(frozen=True)
 class IndexTable:
-    """What an `.idx` file holds: token type, tokens per sequence, start of each in tokens, and document boundaries.
+    """What an `.idx` file holds: token type, tokens per sequence, start of each, and document boundaries.
 
     Shapes: sizes [num_sequences] int32, starts [num_sequences] int64, document_index [num_documents + 1] int64.
     """
@@ -76,8 +76,9 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 class IndexedDataset:
     """Random access to the sequences of one token file pair.
 
-    `sizes` holds tokens per sequence; `tokens` is the whole file as one flat array without copying; `starts` says where
-    each sequence begins in it. Pickling carries the path only, so worker processes of any start method may receive it.
+    `sizes` holds tokens per sequence; `tokens` is the whole
+    file as one flat array without copying; `starts` says where each sequence begins in it. Pickling carries the path
+    only, so worker processes of any start method may receive it.
 
     Raises: DataError when a file is missing, of another kind, cut off, or does not belong to its partner.
     """
@@ -89,12 +90,8 @@ class IndexedDataset:
                 raise DataError(_missing_message(path, self.prefix))
         self._index_bytes = _map_file(idx_path(prefix))
         table = _parse_index(idx_path(prefix), self._index_bytes)
-        self.dtype, self.sizes, self.starts, self.document_index = (
-            table.dtype,
-            table.sizes,
-            table.starts,
-            table.document_index,
-        )
+        self.dtype, self.document_index = table.dtype, table.document_index
+        self.sizes, self.starts = table.sizes, table.starts
         self._check_bin_size()
         if warmup:
             _read_through(bin_path(prefix))
@@ -155,9 +152,8 @@ class IndexedDataset:
             kind = "is cut off" if actual < needed else "is longer than its index says"
             raise DataError(
                 f"{bin_path(self.prefix)} {kind}: {actual:,} bytes, but {idx_path(self.prefix).name} describes "
-                f"{needed:,} "
-                f"({len(self):,} sequences of {self.dtype.name}). The two files do not belong together or a copy was "
-                "interrupted: copy both again, or rerun tools/datasets/preprocess_data.py."
+                f"{needed:,} ({len(self):,} sequences of {self.dtype.name}). The two files do not belong together "
+                "or a copy was interrupted: copy both again, or rerun tools/datasets/preprocess_data.py."
             )
 
 
@@ -209,8 +205,8 @@ def _parse_legacy_index(path: Path, data: memoryview | bytes) -> IndexTable:
     if element_size != dtype.itemsize or num_sizes != num_sequences:
         raise DataError(
             f"{path}: element size {element_size} and {num_sizes} sizes for {num_sequences} sequences of "
-            f"{dtype.name}: only "
-            "one-dimensional token data can be read. Write the data again with tools/datasets/preprocess_data.py."
+            f"{dtype.name}: only one-dimensional token data can be read. Write the data again with "
+            "tools/datasets/preprocess_data.py."
         )
     values = np.frombuffer(data, "<i8", numbers, LEGACY_HEADER_BYTES)
     offsets = values[num_sequences + 1 : 2 * num_sequences + 2]

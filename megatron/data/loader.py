@@ -126,10 +126,8 @@ class BatchLoader:
         sample = self.dataset.sample(int(positions[row]))
         raise DataError(
             f"sample {int(positions[row])} (documents {sample.documents[:4]}) holds token {int(tokens[row].max())}, "
-            "the model's "
-            f"vocabulary has {vocab_size} entries. The data was made with another tokenizer: make it again with the "
-            "one that "
-            "vocab_file names, or correct tokenizer_type and vocab_file."
+            f"the model's vocabulary has {vocab_size} entries. The data was made with another tokenizer: make it "
+            "again with the one that vocab_file names, or correct tokenizer_type and vocab_file."
         )
 
     def _batch(self, tokens: np.ndarray, labels: np.ndarray | None, positions: np.ndarray) -> Batch:

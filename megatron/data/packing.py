@@ -60,8 +60,7 @@ def _sample_starts(sizes: np.ndarray, document_order: np.ndarray, seq_length: in
     if num_samples < 1:
         raise DataError(
             f"{int(ends[-1]) if len(ends) else 0} tokens do not fill one sample of seq_length = {seq_length} (plus "
-            "the next "
-            "token). Use more data or a smaller seq_length."
+            "the next token). Use more data or a smaller seq_length."
         )
     dtype = np.int32 if 2 * (num_samples + 1) < np.iinfo(np.int32).max else np.int64
     positions = np.arange(num_samples + 1, dtype=np.int64) * seq_length

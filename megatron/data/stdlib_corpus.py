@@ -97,9 +97,8 @@ def read_stdlib(folder: Path) -> list[SourceFile]:
     if size < _MINIMUM_BYTES:
         raise DataError(
             f"the standard library of {sys.executable} ({folder}) holds {len(sources)} source files with {size:,} "
-            "characters; "
-            f"at least {_MINIMUM_BYTES:,} are required. This Python comes without sources (zipped or compiled only): "
-            "run prepare_data.py with another Python 3.11-3.13."
+            f"characters; at least {_MINIMUM_BYTES:,} are required. This Python comes without sources (zipped or "
+            "compiled only): run prepare_data.py with another Python 3.11-3.13."
         )
     return sources
 

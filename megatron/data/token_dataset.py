@@ -57,10 +57,8 @@ def open_labels(prefix: str | os.PathLike[str], tokens: IndexedDataset, warmup: 
     if not np.array_equal(labels.sizes, tokens.sizes):
         raise DataError(
             f"label data {labels.prefix} ({len(labels):,} documents, {labels.num_tokens:,} labels) does not run in "
-            "parallel "
-            f"to {tokens.prefix} ({len(tokens):,} documents, {tokens.num_tokens:,} tokens): every document needs one "
-            "label "
-            "per token. Write both in one run of tools/datasets/preprocess_data.py."
+            f"parallel to {tokens.prefix} ({len(tokens):,} documents, {tokens.num_tokens:,} tokens): every document "
+            "needs one label per token. Write both in one run of tools/datasets/preprocess_data.py."
         )
     if np.issubdtype(labels.dtype, np.unsignedinteger):
         raise DataError(

@@ -53,8 +53,7 @@ def require_file(path: str | None, key: str, tokenizer_type: str) -> Path:
         hint = f" Did you mean {near}?" if (near := _similar_file(file)) else ""
         raise DataError(
             f"{key} = {path}: no such file (working directory {Path.cwd()}). {tokenizer_type} needs {wanted} "
-            f"there.{hint}"
-            f"{_HOW_TO_GET.get(tokenizer_type, '')}"
+            f"there.{hint}{_HOW_TO_GET.get(tokenizer_type, '')}"
         )
     return file
 

@@ -82,9 +82,8 @@ def _read_json(path: Path) -> tokenizers.Tokenizer:
         return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
         raise DataError(
-            f"vocab_file = {path} is not a tokenizer.json of the tokenizers library ({error}). For a vocabulary with "
-            "merges "
-            "set tokenizer_type: GPT2BPETokenizer with merge_file."
+            f"vocab_file = {path} is not a tokenizer.json of the tokenizers library ({error}). For a vocabulary "
+            "with merges set tokenizer_type: GPT2BPETokenizer with merge_file."
         ) from error
 
 
@@ -95,8 +94,7 @@ def _byte_level(vocab_file: Path, merge_file: Path) -> tokenizers.Tokenizer:
     except Exception as error:  # the library raises bare Exception
         raise DataError(
             f"vocab_file = {vocab_file}, merge_file = {merge_file} are not a byte-level BPE ({error}). Required are "
-            "GPT-2's "
-            "JSON vocabulary and merges; for a tokenizer.json set tokenizer_type: HFTokenizer."
+            "GPT-2's JSON vocabulary and merges; for a tokenizer.json set tokenizer_type: HFTokenizer."
         ) from error
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.ByteLevel()
@@ -111,6 +109,5 @@ def _from_hub(name: str) -> tokenizers.Tokenizer:
     except Exception as error:  # the library raises bare Exception
         raise DataError(
             f"vocab_file = {name}: no such file or folder, and it cannot be fetched from the Hugging Face hub "
-            f"({error}). "
-            "Without network give a local folder with vocab.json and merges.txt, or a tokenizer.json."
+            f"({error}). Without network give a local folder with vocab.json and merges.txt, or a tokenizer.json."
         ) from error

@@ -64,8 +64,7 @@ class TiktokenTokenizer:
         except Exception as error:  # network errors of whichever HTTP library it uses
             raise DataError(
                 f"the tiktoken encoding {encoding_name} could not be loaded ({error}). It is fetched on first use: "
-                "run once "
-                "with network, or set TIKTOKEN_CACHE_DIR to a folder that holds it."
+                "run once with network, or set TIKTOKEN_CACHE_DIR to a folder that holds it."
             ) from error
         self.vocab_size: int = self._library.n_vocab
         self.eod_id: int | None = self._library.eot_token
