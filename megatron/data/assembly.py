@@ -166,6 +166,5 @@ def _empty_part(name: str, prefix: str, split: str, num_documents: int, boundari
     return (
         f"data_path {prefix}: split = {split!r} of {num_documents:,} documents gives train {sizes[0]:,}, valid "
         f"{sizes[1]:,}, test {sizes[2]:,}, but the run reads from {name}. Use more documents, a split with a larger "
-        f"share for {name} "
-        f'(for example "90, 5, 5"), or {advice}.'
+        f"share for {name} (for example '90, 5, 5'), or {advice}."
     )

@@ -76,9 +76,8 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 class IndexedDataset:
     """Random access to the sequences of one token file pair.
 
-    `sizes` holds tokens per sequence; `tokens` is the whole
-    file as one flat array without copying; `starts` says where each sequence begins in it. Pickling carries the path
-    only, so worker processes of any start method may receive it.
+    `sizes` holds tokens per sequence; `tokens` is the whole file as one flat array without copying; `starts` says where
+    each sequence begins in it. Pickling carries the path only, so worker processes of any start method may receive it.
 
     Raises: DataError when a file is missing, of another kind, cut off, or does not belong to its partner.
     """

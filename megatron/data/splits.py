@@ -30,8 +30,7 @@ def split_boundaries(split: str, num_documents: int) -> list[int]:
     if not 1 <= len(shares) <= 3 or any(not math.isfinite(s) or s < 0 for s in shares) or sum(shares) <= 0:
         raise DataError(
             f"split = {split!r}: required are up to three non-negative proportions (train, validation, test) "
-            "separated by "
-            'commas or slashes, not all zero. Write for example split: "969, 30, 1".'
+            "separated by commas or slashes, not all zero. Write for example split: '969, 30, 1'."
         )
     shares += [0.0] * (3 - len(shares))
     total = sum(shares)
