@@ -125,3 +125,25 @@ def test_reuse_notices_a_cut_off_output(tmp_path: Path) -> None:
     record_job(one, describe_job(one, "t"))
     (tmp_path / "out_text_document.bin").write_bytes(b"a")
     assert not is_up_to_date(one, describe_job(one, "t"))
+
+
+def test_broken_encodings_are_mended_on_request(tmp_path: Path) -> None:
+    pytest.importorskip("ftfy", reason="ftfy is not installed (requirements-data.txt)")
+    records = [{"text": "schÃ¶n"}]
+    preprocess(job(tmp_path, records, fix_text=True), ByteEncoder)
+    assert documents_of(tmp_path) == ["schön".encode()]
+    preprocess(job(tmp_path, records), ByteEncoder)
+    assert documents_of(tmp_path) == ["schÃ¶n".encode()]
+
+
+def test_the_progress_line_knows_the_number_of_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 10_000, 2))
+    monkeypatch.setattr("megatron.data.preprocess.time.perf_counter", lambda: float(next(clock)))
+    small = functools.partial(documents.read_blocks, block_bytes=40)
+    monkeypatch.setattr("megatron.data.preprocess.read_blocks", small)
+    lines: list[str] = []
+    records = [{"text": f"number {n}"} for n in range(20)]
+    preprocess(job(tmp_path, records, num_docs=20, log_interval=5, report=lines.append), ByteEncoder)
+    assert len(lines) == 4
+    assert " of 20 documents" in lines[0]
+    assert lines[-1].startswith("20 documents")
