@@ -110,7 +110,11 @@ def test_values_are_brought_to_their_type(tiny: Callable[..., Config], key: str,
         ("seed", "abc", 'seed = "abc" must be a whole number.'),
         ("no_weight_tying", 7, "no_weight_tying = 7: 7 is neither true nor false."),
         ("fp16", 3, "fp16 = 3 must be a block of `key: value` lines."),
-        ("world_size", 4, "world_size is worked out by the program and cannot be set. Set global_num_gpus, num_gpus or"),
+        (
+            "world_size",
+            4,
+            "world_size is worked out by the program and cannot be set. Set global_num_gpus, num_gpus or",
+        ),
         ("lr", 0.1, "lr is worked out by the program and cannot be set. Set optimizer.params.lr instead."),
         ("batch_size", 4, "Set train_micro_batch_size_per_gpu instead."),
     ],
@@ -133,7 +137,9 @@ def test_file_names(write: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 
 def test_missing_files_are_a_data_error_with_all_of_them(write: Write, tmp_path: Path) -> None:
-    text = BASE.replace("CharLevelTokenizer", "HFTokenizer") + f"vocab_file: {tmp_path}/t.json\ndata_path: {tmp_path}/d\n"
+    text = (
+        BASE.replace("CharLevelTokenizer", "HFTokenizer") + f"vocab_file: {tmp_path}/t.json\ndata_path: {tmp_path}/d\n"
+    )
     path = write("my.yml", text + "padded_vocab_size: 512\n")
     load([path], devices=1)
     with pytest.raises(DataError) as caught:

@@ -26,7 +26,11 @@ ADAM = {"type": "Adam", "params": {"lr": 1e-3}}
         (1, {"gpt_j_tied": True}, "gpt_j_tied = true needs gpt_j_residual"),
         (1, {"bias_gelu_fusion": True, "activation": "relu"}, "asks for tanh gelu, and activation = relu"),
         (2, {"pipe_parallel_size": 2, "zero_optimization": {"stage": 2}}, "does not work with pipe_parallel_size = 2"),
-        (1, {"zero_optimization": {"stage": 1, "offload_param": {"device": "cpu"}}}, "needs zero_optimization.stage = 3"),
+        (
+            1,
+            {"zero_optimization": {"stage": 1, "offload_param": {"device": "cpu"}}},
+            "needs zero_optimization.stage = 3",
+        ),
         (5, {"pipe_parallel_size": 5}, "pipe_parallel_size = 5 is more than num_layers = 4"),
         (1, {"min_lr": 0.1, "optimizer": ADAM}, "min_lr = 0.1 is above optimizer.params.lr = 0.001"),
         (1, {"lr_decay_iters": 5, "lr_decay_fraction": 0.5, "train_iters": 9}, "are both set"),

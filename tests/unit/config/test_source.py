@@ -55,7 +55,9 @@ def test_lines_of_nested_keys_in_upstream_style() -> None:
 
 
 def test_duplicates_in_one_file_name_both_lines_and_spellings() -> None:
-    source = parse_source("my.yml", "num-layers: 2\nseq_length: 4\nnum_layers: 3\nfp16:\n  enabled: true\n  enabled: false\n")
+    source = parse_source(
+        "my.yml", "num-layers: 2\nseq_length: 4\nnum_layers: 3\nfp16:\n  enabled: true\n  enabled: false\n"
+    )
     assert source.values["num_layers"] == 2
     assert [problem.split(":")[1] for problem in source.problems] == ["3", "6"]
     assert "num-layers" in source.problems[0]
@@ -74,8 +76,14 @@ def test_json_with_tabs(tmp_path: Path) -> None:
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-(10**9), 10**9) | st.floats(-1e6, 1e6) | st.text("abc xyz:#-{}'", max_size=6),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("abc_", min_size=1, max_size=4), inner, max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**9), 10**9)
+    | st.floats(-1e6, 1e6)
+    | st.text("abc xyz:#-{}'", max_size=6),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text("abc_", min_size=1, max_size=4), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 

@@ -41,9 +41,7 @@ def test_one_warning_for_all_switches_of_one_reason(tiny: Callable[..., Config])
 
 
 @pytest.mark.parametrize("name", sorted(NOT_YET))
-def test_not_yet_is_refused_unless_neutral(
-    tiny: Callable[..., Config], refused: Callable[..., str], name: str
-) -> None:
+def test_not_yet_is_refused_unless_neutral(tiny: Callable[..., Config], refused: Callable[..., str], name: str) -> None:
     neutral = NOT_YET[name][0][0]
     assert not tiny(**{name: neutral}).warnings
     message = refused(**{name: another(neutral)})

@@ -1,0 +1,116 @@
+"""The arithmetic of the plan against the real model and against published numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from megatron.common.errors import ConfigError
+from megatron.config import Config, load
+from megatron.config.plan import count_parameters, estimate_memory, flops_per_token, flops_terms, plan_text
+from megatron.config.plan.parameters import parameters, stage_parameters
+from megatron.model.build import build_model
+from megatron.model.from_config import model_spec
+from tests.unit.config.conftest import TINY
+
+Tiny = Callable[..., Config]
+
+VARIATIONS = [
+    {},
+    {"no_weight_tying": True, "pos_emb": "rotary", "rotary_pct": 0.5, "gpt_j_residual": True},
+    {"norm": "rmsnorm", "activation": "swiglu", "use_bias_in_mlp": False, "use_bias_in_attn_linear": False},
+    {"num_kv_heads": 2, "activation": "geglu", "pos_emb": "none"},
+    {"num_kv_heads": 1, "opt_pos_emb_offset": 2, "intermediate_size": 77, "max_position_embeddings": 40},
+]
+
+
+@pytest.mark.parametrize("changes", VARIATIONS)
+def test_names_and_shapes_are_those_of_the_real_model(tiny: Tiny, changes: dict[str, object]) -> None:
+    config = tiny(**changes)
+    model = build_model(model_spec(config), device="meta")
+    real = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    assert {parameter.name: parameter.shape for parameter in parameters(config)} == real
+
+
+def test_20b() -> None:
+    count = count_parameters(load(["configs/20B.yml"], planning=True))
+    assert count.unique == 20_554_567_680
+    assert count.counted == 20_556_201_984
+
+
+def test_stages_hold_everything_once(tiny: Tiny) -> None:
+    whole = count_parameters(tiny(no_weight_tying=True)).unique
+    assert sum(stage_parameters(tiny(3, no_weight_tying=True, pipe_parallel_size=3))) == whole
+    tied = tiny(2, pipe_parallel_size=2)
+    assert sum(stage_parameters(tied)) == count_parameters(tied).unique + 512 * 48
+
+
+def test_flops_by_hand(tiny: Tiny) -> None:
+    config = tiny(num_kv_heads=2, intermediate_size=100)
+    terms = flops_terms(config)
+    # 4 layers, H 48, N 6, G 2, D 8, F 100, S 32, V 512
+    assert terms == {
+        "query_key_value": 4 * 2 * 48 * 80,
+        "scores": 4 * 2 * 32 * 48,
+        "weighted_values": 4 * 2 * 32 * 48,
+        "attention_output": 4 * 2 * 48 * 48,
+        "feed_forward": 4 * 4 * 48 * 100,
+        "vocabulary": 2 * 48 * 512,
+    }
+    assert flops_per_token(config) == 3 * sum(terms.values())
+
+
+def test_flops_are_six_per_matrix_element_and_the_attention() -> None:
+    config = load(["configs/20B.yml"], planning=True)
+    matrices = sum(p.numel for p in parameters(config) if len(p.shape) == 2 and not p.name.startswith("embedding."))
+    assert flops_per_token(config) == 6 * matrices + 12 * 44 * 6144 * 2048
+
+
+def memory(**changes: object) -> dict[str, int]:
+    devices = changes.pop("devices", 1)
+    config = load([], {**TINY, "optimizer": {"type": "Adam", "params": {"lr": 1e-3}}, **changes}, devices=devices)
+    return estimate_memory(config).components
+
+
+def test_memory_of_weights_and_states() -> None:
+    numel = count_parameters(load([], TINY, devices=1)).unique
+    one = memory()
+    assert one["weights"] == one["gradients"] == one["fp32 master weights"] == 4 * numel
+    assert one["optimizer states"] == 8 * numel
+    half = memory(precision="fp16", devices=4)
+    assert half["weights"] == half["gradients"] == 2 * numel
+    assert half["optimizer states"] == 8 * numel // 4
+    assert memory(devices=4, zero_optimization={"stage": 3})["weights"] == numel
+    lion = {"type": "Lion", "params": {"lr": 1e-3}}
+    assert memory(optimizer=lion)["optimizer states"] == 4 * numel
+    offloaded = memory(zero_optimization={"stage": 2, "offload_optimizer": {"device": "cpu"}})
+    assert offloaded["optimizer states"] == offloaded["fp32 master weights"] == 0
+
+
+def test_recomputation_and_division_save_activations() -> None:
+    whole = memory()["activations"]
+    assert memory(checkpoint_activations=True)["activations"] < whole
+    assert memory(devices=2, model_parallel_size=2)["activations"] < whole
+    assert memory(train_micro_batch_size_per_gpu=3)["activations"] == 3 * whole
+
+
+def test_the_plan_names_the_main_numbers() -> None:
+    text = plan_text(load(["configs/20B.yml"], devices=96))
+    for words in (
+        "96 processes (given by the launcher) = 4 stages x 12 replicas x 2 tensor ranks",
+        "1536 sequences per step = 4 per forward pass x 32 accumulation steps x 12 replicas",
+        "20,554,567,680 unique",
+        "20,556,201,984 as DeepSpeed counts",
+        "3,145,728 tokens per step",
+        "471,859,200,000 tokens in all over 150,000 steps",
+        "learning rate 0 to 9.7e-05 over 1,500 steps, then cosine to 9.7e-06",
+        "50,277 ids are assumed",
+    ):
+        assert words in text
+
+
+def test_an_unknown_vocabulary_is_said_clearly() -> None:
+    config = load([], {**TINY, "tokenizer_type": "HFTokenizer", "vocab_file": "nowhere/mine.json"}, devices=1)
+    with pytest.raises(ConfigError, match=r"nowhere/mine\.json is not there"):
+        plan_text(config)
