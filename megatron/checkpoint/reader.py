@@ -6,6 +6,7 @@ Invariant: what is returned for (name, kind, layout) does not depend on the layo
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 import zlib
@@ -218,6 +219,9 @@ def open_checkpoint(
         problem = error
     if not agree(problem is None):
         raise problem or CheckpointError(f"another rank cannot see the checkpoints in {root}: use shared storage")
+    seen = json.dumps([(checkpoint.folder.name, checkpoint.manifest["created_ns"]) for checkpoint in found])
+    if not _is_same(zlib.crc32(seen.encode()), agree):
+        raise CheckpointError(f"the ranks see different checkpoints in {root}; this rank: {seen}. Use shared storage.")
     reasons = list(found[0].notes)
     for candidate in found:
         problem = None
@@ -234,3 +238,11 @@ def open_checkpoint(
         if problem is not None:
             report(f"warning: {problem}")
     raise CheckpointError(f"{root} holds no undamaged checkpoint:\n  " + "\n  ".join(reasons))
+
+
+def _is_same(number: int, agree: Callable[[bool], bool]) -> bool:
+    """Whether all ranks hold the same 32-bit number, asked bit by bit: each is 1 for all or 0 for all."""
+    bits = [bool(number >> place & 1) for place in range(32)]
+    # Every rank asks all 64 questions, whatever the answers: they are collective.
+    answers = [(agree(bit), agree(not bit)) for bit in bits]
+    return all(is_one or is_zero for is_one, is_zero in answers)

@@ -7,13 +7,14 @@ checksums of the weights were compared).
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from megatron.checkpoint import Reader
 from megatron.common.errors import CheckpointError
 from megatron.model.build import HEAD, WORD_EMBEDDING, Transformer, build_model
 from megatron.model.spec import ModelSpec
 from megatron.parallel.process_groups import ProcessGroups
-from megatron.parallel.sharding import get_shard_spec
+from megatron.parallel.sharding import get_shard_spec, set_shard_spec
 
 _PADDED = (f"{WORD_EMBEDDING}.weight", f"{HEAD}.weight")
 
@@ -47,17 +48,20 @@ def load_model(
     groups = groups or ProcessGroups.single()
     spec = saved_spec(reader, groups.tp_size)
     try:
-        model = build_model(spec, groups, device=device)
+        # On "meta" nothing is allocated: no moment at which a whole fp32 model stands beside the real one.
+        model = build_model(spec, groups, device="meta")
     except ValueError as error:
         raise CheckpointError(f"{reader.folder}: {error}. Use another model_parallel_size.") from error
-    for name, parameter in model.named_parameters():
+    for name, parameter in list(model.named_parameters()):
         rows = spec.padded_vocab_size if name in _PADDED else None
         shard = reader.read_shard(name, "weight", groups.tp_rank, groups.tp_size, rows=rows, dtype=dtype)
-        shape = get_shard_spec(parameter).shard_shape(groups.tp_size)
+        shard_spec = get_shard_spec(parameter)
+        shape = shard_spec.shard_shape(groups.tp_size)
         if shard.numel() != parameter.numel():
             raise CheckpointError(
                 f"{name} in {reader.folder} is {reader.spec(name).logical_shape}, the model's is {shape}"
             )
-        parameter.data = shard.view(shape).to(device)
-        parameter.requires_grad_(False)
+        owner, _, leaf = name.rpartition(".")
+        loaded = nn.Parameter(shard.view(shape).to(device), requires_grad=False)
+        setattr(model.get_submodule(owner), leaf, set_shard_spec(loaded, shard_spec))
     return model.eval()

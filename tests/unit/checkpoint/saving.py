@@ -56,11 +56,8 @@ def cut(
     return dealt
 
 
-def save_with_threads(
-    root: Path, step: int, dealt: list[list[Piece]], run: Callable[..., Saved] = save, **arguments: Any
-) -> list[Any]:
-    """Save with one thread per rank; return each rank's result or the exception it raised."""
-    world_size = len(dealt)
+def together(world_size: int, work: Callable[[int, Callable[[bool], bool]], Any]) -> list[Any]:
+    """Call work(rank, agree) in one thread per rank; each one's result, or the exception it raised."""
     votes = [True] * world_size
     barrier = threading.Barrier(world_size, timeout=30)
 
@@ -73,12 +70,21 @@ def save_with_threads(
             return result
 
         try:
-            return run(
-                root, step, dealt[rank], {"by": 0}, rank=rank, world_size=world_size, agree=agree,
-                rank_tensors={"number": torch.tensor([rank])}, **arguments,
-            )  # fmt: skip
+            return work(rank, agree)
         except Exception as error:
             return error
 
     with ThreadPoolExecutor(world_size) as pool:
         return list(pool.map(one, range(world_size)))
+
+
+def save_with_threads(root: Path, step: int, dealt: list[list[Piece]], **arguments: Any) -> list[Any]:
+    """Save with one thread per rank; each one's result, or the exception it raised."""
+
+    def work(rank: int, agree: Callable[[bool], bool]) -> Saved:
+        return save(
+            root, step, dealt[rank], {"by": 0}, rank=rank, world_size=len(dealt), agree=agree,
+            rank_tensors={"number": torch.tensor([rank])}, **arguments,
+        )  # fmt: skip
+
+    return together(len(dealt), work)
