@@ -15,6 +15,7 @@ import importlib.metadata
 import json
 import logging
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,7 +37,6 @@ try:
     import lm_eval
     import lm_eval.api.task
     from lm_eval.api.model import TemplateLM
-    from lm_eval.loggers.utils import get_git_commit_hash
     from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks.manager import TaskDict
@@ -234,8 +234,6 @@ def select_tasks(wanted: Sequence[str], data_dir: str | None = None) -> TaskDict
     except Exception as error:
         raise DataError(_unavailable(list(names), error)) from error
     for task in loaded["tasks"].values():
-        if task.get_config("num_fewshot") is None:
-            task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
     return loaded
 
@@ -313,13 +311,22 @@ def run(model: HarnessModel, tasks: TaskDict, *, limit: int | None, bootstrap_it
         "fewshot_seed": FEWSHOT_SEED,
     }
     results |= {
-        "git_hash": get_git_commit_hash(),
+        "git_hash": _git_hash(),
         "date": started,
         "lm_eval_version": importlib.metadata.version("lm_eval"),
         "total_evaluation_time_seconds": time.time() - started,
     }
     plain: dict[str, Any] = json.loads(json.dumps(results, default=handle_non_serializable))
     return plain
+
+
+def _git_hash() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
 
 
 @contextlib.contextmanager

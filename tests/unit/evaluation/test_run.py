@@ -96,10 +96,11 @@ def test_more_ranks_than_documents(ranks: Ranks, tokenizer_file: Path, data_dir:
     assert first["stdlib_perplexity"]["sample_len"] == 1
 
 
-def test_training_is_not_disturbed(tokenizer_file: Path, data_dir: Path) -> None:
-    model = tiny.model().train()
+def test_training_is_not_disturbed(alone: dict[str, Any], tokenizer_file: Path, data_dir: Path) -> None:
+    model = tiny.model(dropout=0.5).train()
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
-    evaluate(model, tokenizer_file, data_dir, limit=2)
+    results = evaluate(model, tokenizer_file, data_dir)
+    assert results["results"] == alone["results"], "no dropout in the middle of training"
     assert model.training
     assert random.getstate() == states[0]
     assert np.random.get_state()[1].tolist() == states[1]
@@ -140,6 +141,7 @@ def test_limit_and_facts_are_in_the_results(alone: dict[str, Any], tokenizer_fil
     assert limited["n-samples"]["stdlib_perplexity"] == {"original": 5, "effective": 2}
     assert limited["config"]["limit"] == 2
     assert alone["config"]["limit"] is None
+    assert set(alone["n-shot"].values()) == {0}
     assert alone["config"]["model_args"] == {"model_dtype": "torch.float32", "step": 7}
     assert alone["config"]["batch_size"] == 3
 

@@ -48,7 +48,7 @@ def tokenizer(path: Path) -> Tokenizer:
     return make_tokenizer("HFTokenizer", str(path))
 
 
-def model(groups: ProcessGroups | None = None, *, vocab_size: int = 300, tied: bool = False) -> Transformer:
+def model(groups: ProcessGroups | None = None, *, tied: bool = False, dropout: float = 0.0) -> Transformer:
     """A GPT-NeoX with large random weights, so that scores differ clearly; its vocabulary is padded from 300 to 384."""
     spec = ModelSpec(
         num_layers=2,
@@ -56,12 +56,13 @@ def model(groups: ProcessGroups | None = None, *, vocab_size: int = 300, tied: b
         num_heads=4,
         num_kv_heads=4,
         ffn_size=128,
-        vocab_size=vocab_size,
+        vocab_size=300,
         padded_vocab_size=384,
         max_positions=MAX_POSITIONS,
         rotary_dims=2,
         residual="parallel",
         tied_head=tied,
+        hidden_dropout=dropout,
     )
     groups = groups or ProcessGroups.single()
     built = build_model(spec, groups)
