@@ -55,8 +55,7 @@ def _dataset_problems(config: Config, key: str, prefix: str) -> list[str]:
         return [where + f"give the prefix without suffix: {prefix[:-4]}"]
     names = " and ".join(prefix + suffix for suffix in missing)
     return [
-        where
-        + f"{names} not found. Correct the path, or make the dataset with prepare_data.py or "
+        where + f"{names} not found. Correct the path, or make the dataset with prepare_data.py or "
         "tools/datasets/preprocess_data.py."
     ]
 

@@ -6,6 +6,7 @@ Changes no value. Invariant: a configuration that passes all rules can be built 
 from __future__ import annotations
 
 import math
+import re
 
 from megatron.config.draft import Draft
 from megatron.config.schema import FIELDS, field_extra
@@ -31,6 +32,12 @@ def check_heads(draft: Draft) -> None:
 def check_tensor_parallel(draft: Draft) -> None:
     """Everything that tensor-parallel ranks divide."""
     tp = draft["model_parallel_size"]
+    if draft["sequence_parallel"] and draft["seq_length"] % tp:
+        draft.problem(
+            "sequence_parallel",
+            f"sequence_parallel = true divides seq_length = {draft['seq_length']} over model_parallel_size = {tp} ranks. "
+            "Use a multiple of it, or remove sequence_parallel.",
+        )
     for name in ("num_attention_heads", "num_kv_heads", "ffn_size", "padded_vocab_size"):
         if name in draft.failed or draft[name] is None or draft[name] % tp == 0:
             continue
@@ -210,7 +217,35 @@ def check_deepspeed(draft: Draft) -> None:
             )
 
 
+def check_hosts(draft: Draft) -> None:
+    """Filters need something to filter."""
+    for name in ("include", "exclude"):
+        if draft[name] is not None and draft["hostfile"] is None:
+            draft.problem(
+                name, f"{name} = {draft[name]} chooses among the hosts of a hostfile. Set hostfile, or remove it."
+            )
+
+
+def check_partition(draft: Draft) -> None:
+    """How DeepSpeed deals layers to stages."""
+    method = draft["pipe_partition_method"]
+    kind, _, pattern = method.partition(":")
+    if method.lower() in ("parameters", "uniform"):
+        return
+    try:
+        good = kind.lower() == "type" and bool(pattern) and re.compile(pattern) is not None
+    except re.error:
+        good = False
+    if not good:
+        draft.problem(
+            "pipe_partition_method",
+            f'pipe_partition_method = "{method}" is not parameters, uniform or type:<regular expression>.',
+        )
+
+
 RULES = (
+    check_hosts,
+    check_partition,
     check_heads,
     check_tensor_parallel,
     check_rotary,

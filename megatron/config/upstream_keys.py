@@ -41,7 +41,6 @@ NO_EFFECT: dict[str, tuple[Any, str]] = {
         False,
         "recomputed activations stay on the device; the results are the same, memory is higher",
     ),
-    "sequence_parallel": (False, "norms are computed on every tensor rank; the results are the same, memory is higher"),
     "log_grad_norm": (False, "the global gradient norm is always logged; per-parameter norms are not there yet"),
     "profile_backward": (False, "it only serves upstream's checkpointing code"),
     "use_shared_fs": (True, "index caches are locked and atomic, on shared and on local disks alike"),

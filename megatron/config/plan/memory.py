@@ -78,6 +78,8 @@ def _activation_bytes(config: Config, stage: int, word: int) -> int:
     # Divided: q, k, v; rotated q and k; the attention's output; the feed-forward before and after its activation.
     rotated = width + kv_width if model.pos_emb == "rotary" else 0
     divided = width + 2 * kv_width + rotated + width + ffn * (3 if model.is_gated else 2)
+    if config.parallel.sequence_parallel:
+        whole, hidden = whole // tp, hidden // tp
     tokens = batch * sequence
     block = tokens * (whole + divided // tp) * word
     layers = -(-model.num_layers // stages)

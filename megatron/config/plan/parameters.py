@@ -60,7 +60,7 @@ def parameters(config: Config) -> Iterator[Parameter]:
     hidden, heads, kv_heads, ffn = model.hidden_size, model.num_attention_heads, model.num_kv_heads, model.ffn_size
     require_vocabulary(config)
     has_norm_bias = model.norm == "layernorm"
-    qkv = (heads + 2 * kv_heads) * model.head_dim
+    attended, kv_size = heads * model.head_dim, 2 * kv_heads * model.head_dim
 
     def norm(name: str, layer: int | None = None) -> Iterator[Parameter]:
         yield Parameter(f"{name}.weight", (hidden,), False, layer)
@@ -81,9 +81,14 @@ def parameters(config: Config) -> Iterator[Parameter]:
     for layer in range(model.num_layers):
         name = f"layers.{layer}"
         yield from norm(f"{name}.input_layernorm", layer)
-        yield from linear(f"{name}.attention.query_key_value", qkv, hidden, attention_bias, True, layer)
-        yield from linear(f"{name}.attention.dense", hidden, heads * model.head_dim, attention_bias, False, layer)
-        yield from norm(f"{name}.post_attention_layernorm", layer)
+        if kv_heads == heads:
+            yield from linear(f"{name}.attention.query_key_value", 3 * attended, hidden, attention_bias, True, layer)
+        else:
+            yield from linear(f"{name}.attention.query", attended, hidden, attention_bias, True, layer)
+            yield from linear(f"{name}.attention.key_value", kv_size, hidden, attention_bias, True, layer)
+        yield from linear(f"{name}.attention.dense", hidden, attended, attention_bias, False, layer)
+        if not model.gpt_j_tied:
+            yield from norm(f"{name}.post_attention_layernorm", layer)
         for part in ("gate", "up") if model.is_gated else ("linear1",):
             yield from linear(f"{name}.mlp.{part}", ffn, hidden, mlp_bias, True, layer)
         yield from linear(f"{name}.mlp.linear2", hidden, ffn, mlp_bias, False, layer)

@@ -18,6 +18,9 @@ class ParallelSection(Section):
     pipe_partition_method: str = key(
         "type:transformer|mlp", "How layers are dealt to pipeline stages: type:<regex>, parameters or uniform."
     )
+    sequence_parallel: Bool = key(
+        False, "Also divide norms and dropouts along the sequence over the tensor-parallel ranks."
+    )
     global_num_gpus: Int | None = key(
         None, "Processes in all. Unset: from the hosts, the GPUs found, or cpu_processes.", ge=1
     )

@@ -92,6 +92,8 @@ def test_recomputation_and_division_save_activations() -> None:
     whole = memory()["activations"]
     assert memory(checkpoint_activations=True)["activations"] < whole
     assert memory(devices=2, model_parallel_size=2)["activations"] < whole
+    divided = memory(devices=2, model_parallel_size=2)["activations"]
+    assert memory(devices=2, model_parallel_size=2, sequence_parallel=True)["activations"] < divided
     assert memory(train_micro_batch_size_per_gpu=3)["activations"] == 3 * whole
 
 

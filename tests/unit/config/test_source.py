@@ -46,7 +46,8 @@ def test_value(text: str, value: object) -> None:
 
 
 def test_lines_of_nested_keys_in_upstream_style() -> None:
-    text = '# top\n{\n  "num-layers": 2,\n  "optimizer": {\n    "type": "Adam",\n    "params": {\n      "lr": 1e-4,\n    }\n  },\n}\n'
+    text = '# top\n{\n  "num-layers": 2,\n  "optimizer": {\n    "type": "Adam",\n    "params": {\n'
+    text += '      "lr": 1e-4,\n    }\n  },\n}\n'
     source = parse_source("my.yml", text)
     assert source.values == {"num_layers": 2, "optimizer": {"type": "Adam", "params": {"lr": 1e-4}}}
     assert source.lines["num_layers"] == 3
@@ -103,7 +104,7 @@ def test_any_json_reads_as_json_does(content: dict[str, object]) -> None:
     ],
 )
 def test_what_is_not_a_mapping_is_refused_with_its_line(text: str, expected: str) -> None:
-    with pytest.raises(ConfigError, match="my.yml") as caught:
+    with pytest.raises(ConfigError, match=r"my\.yml") as caught:
         parse_source("my.yml", text)
     assert expected in str(caught.value)
 

@@ -66,6 +66,6 @@ def test_other_hosts_are_refused_with_the_way_to_do_it() -> None:
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commands_module, "count_gpus", lambda environment: 2)
     wanted = config(num_gpus=4).replace(device="cuda")
-    with pytest.raises(LaunchError, match="needs 4 GPUs .* this host offers 2"):
+    with pytest.raises(LaunchError, match=r"needs 4 GPUs .* this host offers 2"):
         rank_commands(wanted, "t.py", "c", {})
     assert "DS_ACCELERATOR" not in rank_commands(config(num_gpus=2).replace(device="cuda"), "t.py", "c", {})[0].added
