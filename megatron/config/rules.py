@@ -35,7 +35,8 @@ def check_tensor_parallel(draft: Draft) -> None:
     if draft["sequence_parallel"] and draft["seq_length"] % tp:
         draft.problem(
             "sequence_parallel",
-            f"sequence_parallel = true divides seq_length = {draft['seq_length']} over model_parallel_size = {tp} ranks. "
+            f"sequence_parallel = true divides seq_length = {draft['seq_length']} over "
+            f"model_parallel_size = {tp} ranks. "
             "Use a multiple of it, or remove sequence_parallel.",
         )
     for name in ("num_attention_heads", "num_kv_heads", "ffn_size", "padded_vocab_size"):
