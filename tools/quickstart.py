@@ -102,8 +102,7 @@ STEPS = (
     ),
     Step(
         "Evaluate: lm-eval tasks over source files that it was not trained on",
-        f"./deepy.py evaluate.py {CONFIG} --eval_tasks stdlib_completion stdlib_perplexity "
-        f"--eval_results_prefix {OUT}/stdlib",
+        f"./deepy.py evaluate.py {CONFIG} --eval_tasks stdlib_completion --eval_results_prefix {OUT}/stdlib",
         [CHECKPOINTS / "latest", DATA / "stdlib_heldout.jsonl"],
         [OUT / "stdlib_eval_results_*.json"],
     ),
