@@ -179,11 +179,11 @@ def _summarise() -> int:
         "losses": OUT / "losses.png",
     }
     print("\nWhat was reached")
-    print("\n".join(f"  {name:<24}{value}" for name, value in reached))
+    print("\n".join(f"  {name:<26}{value}" for name, value in reached))
     print("\nA sample")
     print("\n".join(f"  | {line}" for line in _sample().splitlines()[:12]))
     print("\nWhere it lies")
-    print("\n".join(f"  {name:<24}{path}" for name, path in files.items()))
+    print("\n".join(f"  {name:<26}{path}" for name, path in files.items()))
     print(
         "\nWhat to try next\n"
         f"  write your own beginnings into {OUT}/prompts.txt, and run the generate command again\n"
@@ -209,7 +209,7 @@ def _reached() -> Iterator[tuple[str, str]]:
         for key, value in values.items():
             metric = key.partition(",")[0]
             if "," in key and isinstance(value, float) and not metric.endswith("_stderr"):
-                yield f"{task}", f"{metric} {value:.3f}"
+                yield task, f"{metric} {value:,.3f}"
 
 
 def _sample() -> str:
