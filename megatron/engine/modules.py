@@ -14,9 +14,11 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import nn
 
 from megatron.model.build import HEAD, WORD_EMBEDDING, NamedLayer, Transformer, layer_list
+from megatron.model.layers import whole_sequences
 from megatron.model.spec import ModelSpec
 from megatron.objectives.language_model import language_model_loss
 from megatron.parallel.process_groups import ProcessGroups
+from megatron.parallel.random_streams import RandomStream
 from megatron.parallel.topology import Topology
 
 _TIED_KEY = "word_embeddings"
@@ -69,8 +71,16 @@ class StagedModule(PipelineModule):
     (bf16 optimizer): the head's weight, used in a `loss_fn` behind it, would have had its gradient before, and lose it.
     """
 
-    def __init__(self, spec: ModelSpec, groups: ProcessGroups, *, partition_method: str, recompute: bool) -> None:
-        layers = layer_list(spec, groups, recompute=recompute)
+    def __init__(
+        self,
+        spec: ModelSpec,
+        groups: ProcessGroups,
+        stream: RandomStream | None,
+        *,
+        partition_method: str,
+        recompute: bool,
+    ) -> None:
+        layers = layer_list(spec, groups, stream, recompute=recompute)
         self.spec, self.groups = spec, groups
         self.targets: deque[tuple[torch.Tensor, ...]] = deque()
         self.layer_names = [layer.name for layer in layers]
@@ -102,7 +112,7 @@ class StagedModule(PipelineModule):
         labels, loss_mask, denominator = self.targets.popleft()
         owner = self.tied_modules[_TIED_KEY] if self.spec.tied_head else self.get_submodule(str(len(self.layer_names) - 1))
         term = language_model_loss(
-            hidden,
+            whole_sequences(hidden, self.groups),
             owner.get_parameter("weight"),
             labels,
             loss_mask,

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 import torch
 
+from megatron.parallel.process_groups import ProcessGroups
+
 Precision = Literal["fp32", "fp16", "bfloat16"]
 LossNormalization = Literal["micro_batch", "tokens"]
 
@@ -44,7 +46,7 @@ class EngineOptions:
         return DTYPES[self.precision]
 
 
-def deepspeed_config(options: EngineOptions, dp_size: int, num_parameters: int) -> dict[str, Any]:
+def deepspeed_config(options: EngineOptions, groups: ProcessGroups, num_parameters: int) -> dict[str, Any]:
     """DeepSpeed's configuration dictionary for these options.
 
     num_parameters: elements on this rank, to keep communication buckets no larger than what they carry.
@@ -55,7 +57,7 @@ def deepspeed_config(options: EngineOptions, dp_size: int, num_parameters: int) 
     for name in ("reduce_bucket_size", "allgather_bucket_size"):
         zero[name] = max(1, min(int(zero.get(name, 500_000_000)), num_parameters))
     config: dict[str, Any] = {
-        "train_batch_size": options.micro_batch_size * options.num_micro_batches * dp_size,
+        "train_batch_size": options.micro_batch_size * options.num_micro_batches * groups.dp_size,
         "train_micro_batch_size_per_gpu": options.micro_batch_size,
         "gradient_accumulation_steps": options.num_micro_batches,
         "gradient_clipping": options.gradient_clipping,
@@ -65,6 +67,9 @@ def deepspeed_config(options: EngineOptions, dp_size: int, num_parameters: int) 
         "wall_clock_breakdown": False,
         **options.extra,
     }
+    if groups.sequence_parallel:
+        # DeepSpeed would send each tensor-parallel rank's part of "the same" activation: here they are different ones.
+        config["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
     if options.precision == "bfloat16":
         # The default accumulates gradients in bf16, which loses small micro-batch contributions.
         config["bf16"] = {"enabled": True}

@@ -23,6 +23,7 @@ from megatron.model.build import Transformer
 from megatron.model.init import initialize_parameters
 from megatron.model.spec import ModelSpec
 from megatron.parallel.process_groups import ProcessGroups
+from megatron.parallel.random_streams import seed_streams
 
 # What DeepSpeed's DynamicLossScaler changes as it goes.
 _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -78,11 +79,14 @@ class TrainEngine:
     ) -> None:
         self.spec, self.groups, self.options, self.device = spec, groups, options, device
         self.is_staged = groups.topology.pp_size > 1
+        self.stream = seed_streams(seed, groups, device)
         with torch.device(device):
             self.module: LossModule | StagedModule = (
-                StagedModule(spec, groups, partition_method=options.partition_method, recompute=recompute)
+                StagedModule(
+                    spec, groups, self.stream, partition_method=options.partition_method, recompute=recompute
+                )
                 if self.is_staged
-                else LossModule(Transformer(spec, groups, recompute=recompute))
+                else LossModule(Transformer(spec, groups, self.stream, recompute=recompute))
             )
         self.named_parameters = public_names(self.module)
         initialize_parameters(self.named_parameters, spec, groups, seed)
@@ -94,7 +98,7 @@ class TrainEngine:
         self.deepspeed, *_ = deepspeed.initialize(
             model=self.module,
             optimizer=optimizer_factory(self.named_parameters + stage_fillers(self.module)),
-            config=deepspeed_config(options, groups.dp_size, num_parameters),
+            config=deepspeed_config(options, groups, num_parameters),
             mpu=mpu,
             dist_init_required=False,
         )

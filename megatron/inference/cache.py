@@ -30,7 +30,7 @@ class StaticCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        shape = (batch_size, spec.num_kv_heads // tp_size, capacity, spec.head_dim)
+        shape = (batch_size, spec.kv_heads_on_rank(tp_size), capacity, spec.head_dim)
         self.capacity = capacity
         self.device = torch.device(device)
         self.lengths = [0] * batch_size

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from megatron.model.init import initialize_parameters
@@ -20,12 +21,13 @@ from megatron.model.layers import (
     PositionEmbedding,
     TransformerBlock,
     WordEmbedding,
-    project,
+    whole_sequences,
 )
 from megatron.model.spec import ModelSpec
 from megatron.ops.rotary import RotaryTable
 from megatron.parallel.collectives import gather_last_dim
 from megatron.parallel.process_groups import ProcessGroups
+from megatron.parallel.random_streams import RandomStream
 
 WORD_EMBEDDING = "embedding.word_embeddings"
 POSITION_EMBEDDING = "embedding.position_embeddings"
@@ -46,25 +48,29 @@ class NamedLayer:
         return self.kind(*self.args, **self.kwargs)
 
 
-def layer_list(spec: ModelSpec, groups: ProcessGroups, *, recompute: bool = False) -> list[NamedLayer]:
+def layer_list(
+    spec: ModelSpec, groups: ProcessGroups, stream: RandomStream | None = None, *, recompute: bool = False
+) -> list[NamedLayer]:
     """All layers from tokens to hidden states, and the head's weight unless it is the embedding's.
 
-    `recompute` makes blocks keep only their input and run again in the backward pass.
+    stream: what divided dropout draws from; None is right for one tensor-parallel rank and without dropout.
+    recompute: blocks keep only their input and run again in the backward pass.
     Raises ValueError if heads do not divide over the tensor-parallel ranks.
     """
-    if spec.num_kv_heads % groups.tp_size or spec.ffn_size % groups.tp_size:
+    spec.kv_heads_on_rank(groups.tp_size)
+    if spec.num_heads % groups.tp_size or spec.ffn_size % groups.tp_size:
         raise ValueError(
-            f"{spec.num_kv_heads} kv heads and {spec.ffn_size} MLP features do not divide over {groups.tp_size} ranks"
+            f"{spec.num_heads} heads and {spec.ffn_size} MLP features do not divide over {groups.tp_size} ranks"
         )
     rotary = RotaryTable(spec.rotary_dims, spec.rotary_base) if spec.position == "rotary" else None
-    layers = [NamedLayer(WORD_EMBEDDING, WordEmbedding, (spec, groups))]
+    layers = [NamedLayer(WORD_EMBEDDING, WordEmbedding, (spec, groups, stream))]
     if spec.position == "learned":
-        layers.append(NamedLayer(POSITION_EMBEDDING, PositionEmbedding, (spec,)))
+        layers.append(NamedLayer(POSITION_EMBEDDING, PositionEmbedding, (spec, groups, stream)))
     layers += [
-        NamedLayer(f"layers.{index}", TransformerBlock, (spec, groups, rotary), {"recompute": recompute})
+        NamedLayer(f"layers.{index}", TransformerBlock, (spec, groups, rotary, stream), {"recompute": recompute})
         for index in range(spec.num_layers)
     ]
-    layers.append(NamedLayer("final_norm", Norm, (spec,)))
+    layers.append(NamedLayer("final_norm", Norm, (spec, groups)))
     if not spec.tied_head:
         layers.append(NamedLayer(HEAD, Head, (spec, groups)))
     return layers
@@ -76,11 +82,13 @@ class Transformer(nn.Module):
     `named_parameters()` gives the public names.
     """
 
-    def __init__(self, spec: ModelSpec, groups: ProcessGroups, *, recompute: bool = False) -> None:
+    def __init__(
+        self, spec: ModelSpec, groups: ProcessGroups, stream: RandomStream | None = None, *, recompute: bool = False
+    ) -> None:
         super().__init__()
         self.spec = spec
         self.groups = groups
-        for layer in layer_list(spec, groups, recompute=recompute):
+        for layer in layer_list(spec, groups, stream, recompute=recompute):
             _register(self, layer.name, layer.build())
 
     def forward(
@@ -89,7 +97,7 @@ class Transformer(nn.Module):
         positions: torch.Tensor | None = None,
         stores: Sequence[KeyValueStore] | None = None,
     ) -> torch.Tensor:
-        """Hidden states after the final norm.
+        """Hidden states after the final norm, all tokens on every tensor-parallel rank.
 
         Shapes: tokens int64 [B, T]; positions int64 [B, T] or None for 0..T-1; stores, one a block -> [B, T, H].
         """
@@ -98,7 +106,7 @@ class Transformer(nn.Module):
             x = self.get_submodule(POSITION_EMBEDDING)(x, positions)
         for index, block in enumerate(self.get_submodule("layers").children()):
             x = block(x, positions, stores[index] if stores is not None else None)
-        return self.get_submodule("final_norm")(x)
+        return whole_sequences(self.get_submodule("final_norm")(x), self.groups)
 
     @property
     def output_weight(self) -> torch.Tensor:
@@ -106,8 +114,8 @@ class Transformer(nn.Module):
         return self.get_parameter(f"{WORD_EMBEDDING if self.spec.tied_head else HEAD}.weight")
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits over the real vocabulary, whole on every tensor-parallel rank. Shapes: [..., H] -> [..., vocab_size]."""
-        local = project(hidden, self.output_weight, self.groups)
+        """Logits over the real vocabulary, whole on every tensor-parallel rank; for inference. Shapes: [..., H] -> [..., vocab_size]."""
+        local = F.linear(hidden, self.output_weight)
         return gather_last_dim(local, self.groups.tp)[..., : self.spec.vocab_size]
 
 

@@ -70,6 +70,15 @@ class ModelSpec:
         """Whether the MLP multiplies an activated gate with an up projection."""
         return self.activation in GATED_ACTIVATIONS
 
+    def kv_heads_on_rank(self, tp_size: int) -> int:
+        """Kv heads that one tensor-parallel rank works with: its share, or one that several ranks share.
+
+        Raises ValueError if neither divides the other.
+        """
+        if self.num_kv_heads % tp_size and tp_size % self.num_kv_heads:
+            raise ValueError(f"{self.num_kv_heads} kv heads do not divide over {tp_size} ranks, nor the ranks over them")
+        return max(1, self.num_kv_heads // tp_size)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a checkpoint's manifest."""
         return asdict(self)

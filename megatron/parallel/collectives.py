@@ -1,12 +1,18 @@
 """Tensor-parallel communication with each operation's adjoint named beside it.
 
-    forward                 backward
-    copy_to_tp: identity    all-reduce (sum)      entry of a column-parallel layer
-    reduce_from_tp: sum     identity              exit of a row-parallel layer
+    operation              forward                     backward
+    enter_region           identity                    all-reduce            entry of column-parallel layers
+      sequence parallel    all-gather of tokens        reduce-scatter
+    leave_region           all-reduce                  identity              exit of row-parallel layers
+      sequence parallel    reduce-scatter of tokens    all-gather
+    gather_sequence        all-gather of tokens        own slice             before the loss, whose gradient is whole
+    split_sequence         own slice                   all-gather
+    shared_parameter       identity                    all-reduce            a replicated parameter used on a part of the tokens
 
-Every function is the identity where `group` is None (one tensor-parallel rank). Not here: data-parallel reduction (DeepSpeed's)
-and the vocabulary-parallel loss (megatron.ops.cross_entropy).
-Source: Shoeybi et al. 2019, Megatron-LM (arXiv 1909.08053), section 3, operators f and g.
+Every function is the identity with one tensor-parallel rank. Not here: data-parallel reduction (DeepSpeed's) and the
+vocabulary-parallel loss (megatron.ops.cross_entropy).
+Sources: Shoeybi et al. 2019, Megatron-LM (arXiv 1909.08053), section 3, operators f and g; Korthikanti et al. 2022 (arXiv
+2205.05198), section 4.2.2, operators g and g-bar.
 """
 
 from __future__ import annotations
@@ -16,8 +22,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron.parallel.process_groups import ProcessGroups
 
-class _CopyToTP(torch.autograd.Function):
+# Hidden states are [B, T, H]: sequence parallelism divides T.
+SEQUENCE_DIM = 1
+
+
+class _Identity(torch.autograd.Function):
+    """Forward identity, backward all-reduce."""
+
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
         ctx.group = group
@@ -31,7 +44,9 @@ class _CopyToTP(torch.autograd.Function):
         return total, None
 
 
-class _ReduceFromTP(torch.autograd.Function):
+class _AllReduce(torch.autograd.Function):
+    """Forward all-reduce, backward identity."""
+
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
         # In place: x is the fresh product of a matmul, which keeps no reference to its output.
@@ -44,14 +59,88 @@ class _ReduceFromTP(torch.autograd.Function):
         return grads[0], None
 
 
-def copy_to_tp(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Enter a region where every tensor-parallel rank computes a part: identity, whose gradient is summed over the ranks."""
-    return x if group is None else _CopyToTP.apply(x, group)
+class _GatherThenReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return _all_gather(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _reduce_scatter(grads[0], ctx.group), None
 
 
-def reduce_from_tp(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Leave such a region: the sum over the ranks (x is overwritten), whose gradient passes unchanged."""
-    return x if group is None else _ReduceFromTP.apply(x.contiguous(), group)
+class _ReduceScatterThenGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return _reduce_scatter(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _all_gather(grads[0], ctx.group), None
+
+
+class _GatherThenSlice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return _all_gather(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _own_slice(grads[0], ctx.group).contiguous(), None
+
+
+class _SliceThenGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return _own_slice(x, group).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _all_gather(grads[0], ctx.group), None
+
+
+def enter_region(x: torch.Tensor, groups: ProcessGroups) -> torch.Tensor:
+    """Enter layers whose features are divided over the ranks. Shapes: [B, T, H], or [B, T / tp, H] -> [B, T, H]."""
+    if groups.tp is None:
+        return x
+    return (_GatherThenReduceScatter if groups.sequence_parallel else _Identity).apply(x, groups.tp)
+
+
+def leave_region(x: torch.Tensor, groups: ProcessGroups) -> torch.Tensor:
+    """Sum the ranks' parts (x is overwritten). Shapes: [B, T, H] -> [B, T, H], or [B, T / tp, H]."""
+    if groups.tp is None:
+        return x
+    return (_ReduceScatterThenGather if groups.sequence_parallel else _AllReduce).apply(x.contiguous(), groups.tp)
+
+
+def gather_sequence(x: torch.Tensor, groups: ProcessGroups) -> torch.Tensor:
+    """Whole sequences on every rank, for a consumer whose gradient is whole on every rank as well."""
+    if groups.tp is None or not groups.sequence_parallel:
+        return x
+    return _GatherThenSlice.apply(x, groups.tp)
+
+
+def split_sequence(x: torch.Tensor, groups: ProcessGroups) -> torch.Tensor:
+    """This rank's part of every sequence, from a tensor that is whole on every rank."""
+    if groups.tp is None or not groups.sequence_parallel:
+        return x
+    return _SliceThenGather.apply(x, groups.tp)
+
+
+def shared_parameter(parameter: torch.Tensor, groups: ProcessGroups) -> torch.Tensor:
+    """A replicated parameter where tokens are divided: each rank sees a part of its gradient, all get the sum."""
+    if groups.tp is None or not groups.sequence_parallel:
+        return parameter
+    return _Identity.apply(parameter, groups.tp)
+
+
+def summed_gradient(parameter: torch.Tensor, groups: ProcessGroups) -> torch.Tensor:
+    """A replicated parameter of which each rank uses another part: all get the sum of the gradients."""
+    return parameter if groups.tp is None else _Identity.apply(parameter, groups.tp)
 
 
 def gather_last_dim(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
@@ -64,3 +153,26 @@ def gather_last_dim(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.T
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, x.contiguous(), group=group)
     return torch.cat(parts, dim=-1)
+
+
+def _all_gather(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    ranks = dist.get_world_size(group)
+    x = x.contiguous()
+    parts = x.new_empty((ranks, *x.shape))
+    dist.all_gather_into_tensor(parts.view(-1, *x.shape[1:]), x, group=group)
+    # [tp, B, T / tp, H] -> [B, T, H]
+    return parts.transpose(0, 1).reshape(x.shape[0], ranks * x.shape[1], *x.shape[2:])
+
+
+def _reduce_scatter(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    ranks = dist.get_world_size(group)
+    B, T, *rest = x.shape
+    parts = x.reshape(B, ranks, T // ranks, *rest).transpose(0, 1).contiguous()
+    own = x.new_empty((B, T // ranks, *rest))
+    dist.reduce_scatter_tensor(own, parts.view(-1, *parts.shape[2:]), group=group)
+    return own
+
+
+def _own_slice(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    width = x.shape[SEQUENCE_DIM] // dist.get_world_size(group)
+    return x.narrow(SEQUENCE_DIM, dist.get_rank(group) * width, width)

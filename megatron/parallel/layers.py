@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megatron.parallel.collectives import copy_to_tp, reduce_from_tp
+from megatron.parallel.collectives import leave_region, shared_parameter, summed_gradient
 from megatron.parallel.process_groups import ProcessGroups
 from megatron.parallel.sharding import ShardSpec, set_shard_spec
 
@@ -23,7 +23,7 @@ def sharded_parameter(logical_shape: tuple[int, ...], dim: int | None, tp_size: 
 
 
 class ColumnParallelLinear(nn.Module):
-    """y = x W^T + b with the output features divided over the ranks.
+    """y = x W^T + b with the output features divided over the ranks. The caller has entered the region (collectives).
 
     Shapes: x [..., in], replicated -> [..., out / tp_size].
     Parallel: weight [out, in] and bias [out] divided along dim 0.
@@ -31,21 +31,42 @@ class ColumnParallelLinear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool, groups: ProcessGroups) -> None:
         super().__init__()
-        self.groups = groups
         self.weight = sharded_parameter((out_features, in_features), 0, groups.tp_size)
         self.bias = sharded_parameter((out_features,), 0, groups.tp_size) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(copy_to_tp(x, self.groups.tp), self.weight, self.bias)
+        return F.linear(x, self.weight, self.bias)
+
+
+class SharedColumnLinear(nn.Module):
+    """y = x W^T + b for output features of which several ranks need the same ones: too few blocks for all ranks.
+
+    Shapes: x [..., in] -> [..., out / num_blocks], the block of this rank: ranks 0 .. r - 1 use block 0, and so on.
+    Parallel: weight and bias are replicated and hold all blocks; every rank gets the sum of the gradients.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, num_blocks: int, *, bias: bool, groups: ProcessGroups
+    ) -> None:
+        super().__init__()
+        self.groups = groups
+        width = out_features // num_blocks
+        first = groups.tp_rank * num_blocks // groups.tp_size * width
+        self.rows = slice(first, first + width)
+        self.weight = sharded_parameter((out_features, in_features), None, groups.tp_size)
+        self.bias = sharded_parameter((out_features,), None, groups.tp_size) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bias = None if self.bias is None else summed_gradient(self.bias, self.groups)[self.rows]
+        return F.linear(x, summed_gradient(self.weight, self.groups)[self.rows], bias)
 
 
 class RowParallelLinear(nn.Module):
     """y = x W^T + b with the input features divided over the ranks.
 
-    Shapes: x [..., in / tp_size] -> [..., out], replicated.
+    Shapes: x [..., in / tp_size] -> [..., out], replicated (or this rank's tokens of it).
     Parallel: weight [out, in] divided along dim 1; the bias is replicated and added once, after the sum, so that the function
     is the same at every tp_size (upstream adds it on every rank with gpt_j_residual: upstream.md 3.7).
-    `reduce=False` returns the rank's partial sum without bias, for a caller that sums two such layers in one all-reduce.
     """
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool, groups: ProcessGroups) -> None:
@@ -54,20 +75,24 @@ class RowParallelLinear(nn.Module):
         self.weight = sharded_parameter((out_features, in_features), 1, groups.tp_size)
         self.bias = sharded_parameter((out_features,), None, groups.tp_size) if bias else None
 
-    def forward(self, x: torch.Tensor, *, reduce: bool = True) -> torch.Tensor:
-        if self.groups.tp is None and reduce:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.groups.tp is None:
             return F.linear(x, self.weight, self.bias)
-        partial = F.linear(x, self.weight)
-        if not reduce:
-            return partial
-        total = reduce_from_tp(partial, self.groups.tp)
-        return total if self.bias is None else total + self.bias
+        return self.add_bias(leave_region(self.partial(x), self.groups))
+
+    def partial(self, x: torch.Tensor) -> torch.Tensor:
+        """This rank's summand, without bias, for a caller that sums several layers in one reduction."""
+        return F.linear(x, self.weight)
+
+    def add_bias(self, x: torch.Tensor) -> torch.Tensor:
+        """The bias on top of a finished sum."""
+        return x if self.bias is None else x + shared_parameter(self.bias, self.groups)
 
 
 class VocabParallelEmbedding(nn.Module):
     """Rows of the table divided over the ranks; each looks up what it has, and the results are summed.
 
-    Shapes: tokens int64 [B, T] -> [B, T, H], replicated.
+    Shapes: tokens int64 [B, T] -> [B, T, H], replicated (or this rank's tokens of it).
     Parallel: weight [V, H] divided along dim 0.
     """
 
@@ -83,4 +108,4 @@ class VocabParallelEmbedding(nn.Module):
         local = tokens - self.first_row
         foreign = (local < 0) | (local >= self.weight.shape[0])
         rows = F.embedding(local.masked_fill(foreign, 0), self.weight)
-        return reduce_from_tp(rows.masked_fill(foreign.unsqueeze(-1), 0.0), self.groups.tp)
+        return leave_region(rows.masked_fill(foreign.unsqueeze(-1), 0.0), self.groups)

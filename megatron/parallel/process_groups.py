@@ -17,12 +17,14 @@ class ProcessGroups:
     """This rank's place in the grid and the groups that it talks in.
 
     `tp` and `dp` are None where the axis has one rank: layers then skip the collective altogether.
+    sequence_parallel: outside of tensor-parallel layers each tensor-parallel rank holds a part of the tokens.
     """
 
     topology: Topology
     global_rank: int
     tp: dist.ProcessGroup | None = None
     dp: dist.ProcessGroup | None = None
+    sequence_parallel: bool = False
 
     @property
     def at(self) -> Coordinates:
@@ -60,7 +62,7 @@ class ProcessGroups:
         return cls(Topology(), 0)
 
     @classmethod
-    def build(cls, topology: Topology) -> ProcessGroups:
+    def build(cls, topology: Topology, *, sequence_parallel: bool = False) -> ProcessGroups:
         """Make the groups on every rank of an initialised torch.distributed. Collective.
 
         Raises ValueError if the world has another size than the topology.
@@ -77,4 +79,4 @@ class ProcessGroups:
                 group = dist.new_group(ranks)
                 if global_rank in ranks:
                     mine[axis] = group
-        return cls(topology, global_rank, mine["tp"], mine["dp"])
+        return cls(topology, global_rank, mine["tp"], mine["dp"], sequence_parallel and topology.tp_size > 1)

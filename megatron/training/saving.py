@@ -101,7 +101,7 @@ def save_run(engine: TrainEngine, position: Position, options: SaveOptions) -> S
         world_size=engine.groups.topology.world_size,
         agree=lambda ok: agree(ok, engine.device),
         source_files=options.source_files,
-        rank_tensors=capture() if options.with_rng else None,
+        rank_tensors={**capture(), "divided": engine.stream.state} if options.with_rng else None,
         used_rows={f"{name}.weight": spec.vocab_size for name in vocabulary},
         retention=options.retention,
     )
@@ -157,6 +157,7 @@ def _restore_rng(engine: TrainEngine, reader: Reader, report: Callable[[str], No
         raise CheckpointError(
             f"{reader.folder} was saved without random states (no_save_rng). Set no_load_rng: true to go on without."
         )
+    engine.stream.state = states.pop("divided")
     restore(states)
 
 

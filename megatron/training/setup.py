@@ -5,11 +5,9 @@ Invariant: the order of construction is the same on all ranks, because several s
 
 from __future__ import annotations
 
-import random
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -45,8 +43,7 @@ def build_run(config: Config) -> Run:
     """
     plan = run_plan(config)
     device = start_distributed()
-    groups = ProcessGroups.build(topology(config))
-    seed_generators(config.training.seed, groups)
+    groups = ProcessGroups.build(topology(config), sequence_parallel=config.parallel.sequence_parallel)
     tokenizer = build_tokenizer(config.tokenizer)
     _check_vocabulary(config, tokenizer)
     datasets = _build_datasets(config, groups)
@@ -176,15 +173,6 @@ def describe(config: Config) -> str:
         f"{batch.train_micro_batch_size_per_gpu} x {batch.gradient_accumulation_steps} micro-batches x "
         f"{config.parallel.data_parallel_size} replicas"
     )
-
-
-def seed_generators(seed: int, groups: ProcessGroups) -> None:
-    """Seed what dropout draws from: alike on all tensor-parallel ranks, different on other replicas and stages."""
-    at = groups.at
-    stream = (seed * 1_000_003 + at.pp_rank * 10_007 + at.dp_rank) % 2**32
-    random.seed(stream)
-    np.random.seed(stream)
-    torch.manual_seed(stream)
 
 
 def _build_datasets(config: Config, groups: ProcessGroups) -> dict[str, BatchLoader | None]:

@@ -22,7 +22,7 @@ from megatron.parallel.process_groups import ProcessGroups
 from megatron.parallel.sharding import ShardSpec
 from megatron.parallel.topology import Topology
 
-SEQ_LENGTH = 11
+SEQ_LENGTH = 12
 
 # A key's bias on unrotated dims has no effect on the softmax, so its gradient is zero but for rounding. Adam divides by the
 # size of the gradient and would blow that noise up to full steps; a larger eps keeps it noise.
@@ -57,6 +57,7 @@ class Case:
     pp: int = 1
     dp: int = 1
     zero_stage: int = 1
+    sequence_parallel: bool = False
     precision: str = "fp32"
     global_batch: int = 8
     micro_batch: int = 2
@@ -99,7 +100,7 @@ def rank_batches(step: int, case: Case, dp_rank: int) -> list[Batch]:
 def make_engine(case: Case) -> TrainEngine:
     """The engine of this rank, from seed 3."""
     device = start_distributed()
-    groups = ProcessGroups.build(Topology(case.pp, case.dp, case.tp))
+    groups = ProcessGroups.build(Topology(case.pp, case.dp, case.tp), sequence_parallel=case.sequence_parallel)
     options = EngineOptions(
         micro_batch_size=case.micro_batch,
         num_micro_batches=case.global_batch // (case.micro_batch * case.dp),

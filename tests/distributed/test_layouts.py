@@ -29,6 +29,10 @@ LAYOUTS = {
     "dp4-no-accumulation": {"dp": 4},
     "tp4": {"tp": 4},
     "pp4": {"pp": 4},
+    "tp2-sp": {"tp": 2, "sequence_parallel": True},
+    "tp2-pp2-sp": {"tp": 2, "pp": 2, "sequence_parallel": True},
+    "tp4-sp": {"tp": 4, "sequence_parallel": True},
+    "tp2-dp2-sp": {"tp": 2, "dp": 2, "sequence_parallel": True},
 }
 
 MODELS = {
@@ -82,7 +86,7 @@ def test_layout_equals_one_process(ranks: Ranks, reference: Callable[..., dict[s
 
 
 @pytest.mark.parametrize("model", [name for name in MODELS if name != "neox"])
-@pytest.mark.parametrize("layout", ["tp2", "pp2", "tp2-pp2"])
+@pytest.mark.parametrize("layout", ["tp2", "pp2", "tp2-pp2", "tp4", "tp2-pp2-sp"])
 def test_other_models(ranks: Ranks, reference: Callable[..., dict[str, Any]], layout: str, model: str) -> None:
     case = Case(**LAYOUTS[layout], spec=MODELS[model])
     _check(ranks, reference(model, "micro_batch", False), case)
@@ -100,9 +104,17 @@ def test_token_mean_does_not_depend_on_accumulation(ranks: Ranks, reference: Cal
     _check(ranks, reference("neox", "tokens", True), case)
 
 
-def test_recomputation_is_bitwise_the_same(ranks: Ranks, reference: Callable[..., dict[str, Any]]) -> None:
-    (result,) = ranks(train_case, 1, Case(recompute=True), timeout=120)
-    assert result["losses"] == reference("neox", "micro_batch", False)["losses"]
+@pytest.mark.parametrize("layout", [{}, {"tp": 2, "sequence_parallel": True}, {"tp": 2, "pp": 2}])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_recomputation_is_bitwise_the_same(ranks: Ranks, layout: dict[str, Any], dropout: float) -> None:
+    """Also with dropout: the second forward pass draws the same masks, on divided and on replicated tensors."""
+    spec = {"hidden_dropout": dropout, "attention_dropout": dropout}
+    kept, again = (
+        ranks(train_case, Case(**layout).world_size, Case(**layout, spec=spec, steps=6, recompute=recompute), timeout=120)
+        for recompute in (False, True)
+    )
+    assert [result["losses"] for result in kept] == [result["losses"] for result in again]
+    assert all(result["losses"] == kept[0]["losses"] for result in kept)
 
 
 @pytest.mark.parametrize(("precision", "spread"), [("bfloat16", 5e-3), ("fp16", 2e-3)])

@@ -1,0 +1,77 @@
+"""Which random numbers dropout draws.
+
+Two streams on every rank, both functions of the seed. `replicated` is torch's default generator: alike on all tensor-parallel
+ranks, other on every replica and stage; it serves what all tensor-parallel ranks hold. `divided` differs on every rank; it
+serves what they divide between them (heads, and with sequence parallelism tokens). Invariant: recomputing a block draws the
+same numbers again, from both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from megatron.parallel.process_groups import ProcessGroups
+
+
+class RandomStream:
+    """A state of torch's generator of one device that waits beside the default one until it is switched in."""
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self.device = device
+        self.state = torch.Generator(device=device).manual_seed(seed).get_state()
+
+    @contextlib.contextmanager
+    def switched_in(self) -> Iterator[None]:
+        """Within, torch draws from this stream; behind, the default generator goes on as if nothing had been."""
+        outer = self._get()
+        self._set(self.state)
+        try:
+            yield
+        finally:
+            self.state = self._get()
+            self._set(outer)
+
+    def replay_contexts(
+        self,
+    ) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+        """The pair that torch.utils.checkpoint wants: remember the state at the forward pass, begin the second one there."""
+        remembered: list[torch.Tensor] = []
+
+        @contextlib.contextmanager
+        def first() -> Iterator[None]:
+            remembered.append(self.state)
+            yield
+
+        @contextlib.contextmanager
+        def again() -> Iterator[None]:
+            later, self.state = self.state, remembered[0]
+            try:
+                yield
+            finally:
+                self.state = later
+
+        return first(), again()
+
+    def _get(self) -> torch.Tensor:
+        return torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else torch.get_rng_state()
+
+    def _set(self, state: torch.Tensor) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state, self.device)
+        else:
+            torch.set_rng_state(state)
+
+
+def seed_streams(seed: int, groups: ProcessGroups, device: torch.device) -> RandomStream:
+    """Seed every default generator of this rank and return its `divided` stream."""
+    at = groups.at
+    replicated = (seed * 1_000_003 + at.pp_rank * 10_007 + at.dp_rank) % 2**32
+    random.seed(replicated)
+    np.random.seed(replicated)
+    torch.manual_seed(replicated)
+    return RandomStream((replicated * 4_099 + 1 + at.tp_rank) % 2**63, device)
