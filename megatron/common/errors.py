@@ -1,8 +1,8 @@
 """What a user sees when something cannot go on: one clear message and a documented exit code.
 
 A `MegatronError` is shown without a traceback (`--debug` shows it); anything else is a defect of ours and keeps its
-traceback. This module holds the classes and the wrapper that turns them into exit codes; messages live where they arise.
-Invariant: every exit code below is unique and listed in README.md.
+traceback. This module holds the classes and the wrapper that turns them into exit codes; messages live where they
+arise. Invariant: every exit code below is unique and listed in README.md.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ def run_main(main: Callable[[], int | None]) -> None:
         if "--debug" in sys.argv or os.environ.get("MEGATRON_DEBUG") == "1":
             traceback.print_exc()
         rank = os.environ.get("RANK")
-        where = f"[rank {rank} on {os.uname().nodename}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 and rank else ""
+        where = (
+            f"[rank {rank} on {os.uname().nodename}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 and rank else ""
+        )
         print(f"{where}error: {error}", file=sys.stderr, flush=True)
         code = error.exit_code
     except KeyboardInterrupt:

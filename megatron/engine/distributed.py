@@ -1,7 +1,8 @@
 """Start torch.distributed and DeepSpeed's communication on this rank, without compiling anything.
 
-On a CPU DeepSpeed would build a shared-memory C++ extension inside init_distributed (a minute, a lock that a killed build leaves
-behind, and segments in /dev/shm): it is vetoed here. Invariant: after `start_distributed` the five rendezvous variables are set.
+On a CPU DeepSpeed would build a shared-memory C++ extension inside init_distributed (a minute, a lock that a killed
+build leaves behind, and segments in /dev/shm): it is vetoed here. Invariant: after `start_distributed` the five
+rendezvous variables are set.
 """
 
 from __future__ import annotations
@@ -20,22 +21,32 @@ import deepspeed
 import deepspeed.ops
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 
+from megatron.common.errors import LaunchError
+
 _QUIET = logging.WARNING
 
 
-def local_device() -> torch.device:
-    """This rank's device: its GPU by LOCAL_RANK, or the CPU."""
-    if not torch.cuda.is_available():
+def local_device(kind: str = "auto") -> torch.device:
+    """This rank's device: its GPU by LOCAL_RANK, or the CPU.
+
+    kind: auto (a GPU where there is one), cpu or cuda. Raises: LaunchError for cuda where there is none.
+    """
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise LaunchError("device: cuda was asked for, and PyTorch sees no GPU. Use device: auto, or mend the driver.")
+    if kind == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
-def start_distributed(timeout_s: float = 1800.0) -> torch.device:
+def start_distributed(kind: str = "auto", timeout_s: float = 1800.0) -> torch.device:
     """Join the job that the environment describes (one process alone if it describes none); returns this rank's device.
 
-    NCCL where there is CUDA, gloo elsewhere.
+    kind: see `local_device`. NCCL where there is CUDA, gloo elsewhere; OMP_NUM_THREADS threads.
     """
-    device = local_device()
+    device = local_device(kind)
+    if "OMP_NUM_THREADS" in os.environ:
+        # torch may have been imported, and have made its threads, before the launcher's arithmetic set the variable.
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:

@@ -1,6 +1,7 @@
 """Turn the list of named layers into what DeepSpeed trains: a plain module, or a PipelineModule of several stages.
 
-Both compute the scaled loss themselves. Invariant: `public_names` gives every parameter of this rank the same name at every layout.
+Both compute the scaled loss themselves. Invariant: `public_names` gives every parameter of this rank the same name at
+every layout.
 """
 
 from __future__ import annotations
@@ -28,9 +29,7 @@ _FILLERS = {"filler_with_decay": "stage_filler.weight", "filler_without_decay": 
 
 def deepspeed_topology(topology: Topology) -> PipeModelDataParallelTopology:
     """The same grid in DeepSpeed's terms (its rank order is ours: pipe, data, model)."""
-    return PipeModelDataParallelTopology(
-        num_pp=topology.pp_size, num_mp=topology.tp_size, num_dp=topology.dp_size
-    )
+    return PipeModelDataParallelTopology(num_pp=topology.pp_size, num_mp=topology.tp_size, num_dp=topology.dp_size)
 
 
 class LossModule(nn.Module):
@@ -65,10 +64,11 @@ class _NamedLayerSpec(LayerSpec):
 
 
 class StagedModule(PipelineModule):
-    """This rank's stage. The last one ends in the loss, whose targets lie in `targets`, one entry per micro-batch in order.
+    """This rank's stage. The last one ends in the loss; its `targets` wait in line, one entry per micro-batch.
 
-    The loss must be made within `forward`. DeepSpeed hooks the outputs of `forward` and clears gradients when theirs arrive
-    (bf16 optimizer): the head's weight, used in a `loss_fn` behind it, would have had its gradient before, and lose it.
+    The loss must be made within `forward`. DeepSpeed hooks the outputs of `forward` and clears gradients when theirs
+    arrive (bf16 optimizer): the head's weight, used in a `loss_fn` behind it, would have had its gradient before, and
+    lose it.
     """
 
     def __init__(
@@ -101,8 +101,9 @@ class StagedModule(PipelineModule):
 
         if groups.at.pp_rank == groups.topology.pp_size - 1:
             self.forward_funcs[-1] = self._loss
-        # DeepSpeed's gradient norm makes one collective per parameter group. A stage of the head alone, which has no norm and
-        # no bias, would make one fewer than the others, and all would wait for ever: so each stage has a number in both.
+        # DeepSpeed's gradient norm makes one collective per parameter group. A stage of the head alone, which has no
+        # norm and no bias, would make one fewer than the others, and all would wait for ever: so each stage has a
+        # number in both.
         for name in _FILLERS:
             filler = torch.nn.Parameter(torch.zeros(1))
             filler.ds_pipe_replicated = False  # type: ignore[attr-defined]
@@ -110,7 +111,9 @@ class StagedModule(PipelineModule):
 
     def _loss(self, hidden: torch.Tensor) -> torch.Tensor:
         labels, loss_mask, denominator = self.targets.popleft()
-        owner = self.tied_modules[_TIED_KEY] if self.spec.tied_head else self.get_submodule(str(len(self.layer_names) - 1))
+        owner = (
+            self.tied_modules[_TIED_KEY] if self.spec.tied_head else self.get_submodule(str(len(self.layer_names) - 1))
+        )
         term = language_model_loss(
             whole_sequences(hidden, self.groups),
             owner.get_parameter("weight"),
@@ -146,7 +149,7 @@ def public_names(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def stage_fillers(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Numbers without meaning that keep the optimizer's groups alike on all stages: for the optimizer, not for checkpoints."""
+    """Numbers without meaning that keep the optimizer's groups alike on all stages; no checkpoint holds them."""
     if not isinstance(module, StagedModule):
         return []
     return [(public, module.get_parameter(name)) for name, public in _FILLERS.items()]

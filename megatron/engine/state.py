@@ -1,7 +1,8 @@
 """The model's fp32 master weights and optimizer state as named pieces of logical tensors, out of and into DeepSpeed.
 
-Reads DeepSpeed's ZeRO-1/2 bookkeeping (`_hp_mapping`: which part of a parameter lies where in the flat fp32 partition of this
-rank). Not here: files (megatron.checkpoint). Invariant: the pieces of all ranks cover every logical tensor exactly once per kind.
+Reads DeepSpeed's ZeRO-1/2 bookkeeping (`_hp_mapping`: which part of a parameter lies where in the flat fp32 partition
+of this rank). Not here: files (megatron.checkpoint). Invariant: the pieces of all ranks cover every logical tensor
+exactly once per kind.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """One optimizer step over DeepSpeed, the same from outside whether there are pipeline stages or not.
 
-The engine owns the scaling of the loss: DeepSpeed divides by the number of micro-batches and averages over the data-parallel
-ranks; `loss_denominators` makes that the normalisation that was asked for. Not here: when to step, save or validate
-(megatron.training). Invariant: every method is collective over all ranks.
+The engine owns the scaling of the loss: DeepSpeed divides by the number of micro-batches and averages over the
+data-parallel ranks; `loss_denominators` makes that the normalisation that was asked for. Not here: when to step, save
+or validate (megatron.training). Invariant: every method is collective over all ranks.
 """
 
 from __future__ import annotations
@@ -50,8 +50,10 @@ def loss_denominators(
 ) -> list[torch.Tensor]:
     """What to divide the loss sum of each micro-batch by, given its loss mask.
 
-    micro_batch (upstream's): the mean over the micro-batch's unmasked tokens; a micro-batch without any counts as loss 0.
-    tokens: after DeepSpeed's own averaging, exactly the mean over all unmasked tokens of the global batch, at any layout.
+    micro_batch (upstream's): the mean over the micro-batch's unmasked tokens; a micro-batch without any counts as
+    loss 0.
+    tokens: after DeepSpeed's own averaging, exactly the mean over all unmasked tokens of the global batch, at any
+    layout.
     """
     counts = [mask.sum(dtype=torch.float32) for mask in masks]
     if normalization == "micro_batch":
@@ -82,9 +84,7 @@ class TrainEngine:
         self.stream = seed_streams(seed, groups, device)
         with torch.device(device):
             self.module: LossModule | StagedModule = (
-                StagedModule(
-                    spec, groups, self.stream, partition_method=options.partition_method, recompute=recompute
-                )
+                StagedModule(spec, groups, self.stream, partition_method=options.partition_method, recompute=recompute)
                 if self.is_staged
                 else LossModule(Transformer(spec, groups, self.stream, recompute=recompute))
             )
@@ -181,4 +181,3 @@ class TrainEngine:
             dist.all_reduce(mean, group=self.groups.dp)
             mean /= self.groups.dp_size
         return mean
-

@@ -1,4 +1,4 @@
-"""The flat list of named layers: the single definition of their order, used by the pipeline and by the plain module alike.
+"""The flat list of named layers: the single definition of their order, for the pipeline and the plain module alike.
 
 Invariant: a parameter's public name is its layer's name, a dot, and its name within the layer, at every layout.
 """
@@ -114,7 +114,7 @@ class Transformer(nn.Module):
         return self.get_parameter(f"{WORD_EMBEDDING if self.spec.tied_head else HEAD}.weight")
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits over the real vocabulary, whole on every tensor-parallel rank; for inference. Shapes: [..., H] -> [..., vocab_size]."""
+        """Logits over the real vocabulary, whole on every rank, to infer. Shapes: [..., H] -> [..., vocab_size]."""
         local = F.linear(hidden, self.output_weight)
         return gather_last_dim(local, self.groups.tp)[..., : self.spec.vocab_size]
 
@@ -127,7 +127,7 @@ def build_model(
     recompute: bool = False,
     device: torch.device | str = "cpu",
 ) -> Transformer:
-    """A Transformer on `device` in fp32, filled with initial values of `seed`, or left empty (to be loaded) without one."""
+    """A Transformer on `device` in fp32, filled with initial values of `seed`, or left empty without one."""
     groups = groups or ProcessGroups.single()
     with torch.device(device):
         model = Transformer(spec, groups, recompute=recompute)

@@ -1,9 +1,9 @@
 """Which parameter starts from which distribution.
 
-The draw itself, the same at every layout, is megatron.parallel.init's. Sources: normal and scaled_normal, Megatron-LM (arXiv
-1909.08053, section 3, after GPT-2); small_init, Nguyen & Salazar 2019 (arXiv 1910.05895, section 2.2); wang_init, Wang &
-Komatsuzaki 2021, as used for GPT-J and GPT-NeoX-20B (arXiv 2204.06745, section 2.1); xavier, Glorot & Bengio 2010 (equation 16);
-orthogonal, Saxe et al. 2013 (arXiv 1312.6120).
+The draw itself, the same at every layout, is megatron.parallel.init's. Sources: normal and scaled_normal, Megatron-LM
+(arXiv 1909.08053, section 3, after GPT-2); small_init, Nguyen & Salazar 2019 (arXiv 1910.05895, section 2.2);
+wang_init, Wang & Komatsuzaki 2021, as used for GPT-J and GPT-NeoX-20B (arXiv 2204.06745, section 2.1); xavier, Glorot
+& Bengio 2010 (equation 16); orthogonal, Saxe et al. 2013 (arXiv 1312.6120).
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The layers of a decoder-only transformer, from the token ids to the normed hidden states. Read from top to bottom.
 
-No config, no DeepSpeed, no process-group look-up: sizes come from the ModelSpec, the groups are handed in. Every layer maps
-hidden states to hidden states, so that a pipeline may cut between any two. With sequence parallelism T is this rank's share
-of the tokens outside of tensor-parallel regions. Dropout draws from megatron.parallel.random_streams.
+No config, no DeepSpeed, no process-group look-up: sizes come from the ModelSpec, the groups are handed in. Every
+layer maps hidden states to hidden states, so that a pipeline may cut between any two. With sequence parallelism T is
+this rank's share of the tokens outside of tensor-parallel regions. Dropout draws from
+megatron.parallel.random_streams.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ from megatron.parallel.random_streams import RandomStream
 class KeyValueStore(Protocol):
     """What one attention layer needs of a cache: keep the new keys and values, give back all of them.
 
-    Shapes: k, v [B, G, T, D] -> k, v [B, G, S, D] and a boolean mask [B, 1, T, S] (True = may be seen), or None for plain causal.
+    Shapes: k, v [B, G, T, D] -> k, v [B, G, S, D] and a boolean mask [B, 1, T, S] (True = may be seen), or None for
+    plain causal.
     """
 
     def append(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]: ...
@@ -123,9 +125,10 @@ class SelfAttention(nn.Module):
     """Causal multi-head or grouped-query attention with rotary positions.
 
     Parallel: the heads are divided over the tensor-parallel ranks.
-    Multi-head: one fused projection, rows [N, 3, D], each head's query, key and value together: GPT-NeoX's and Hugging Face's
-    order. Grouped-query: `query`, rows [N, D], and `key_value`, rows [G, 2, D], apart, because with more ranks than kv heads
-    the first is still divided, while the second is replicated and each rank takes the kv head that its queries share.
+    Multi-head: one fused projection, rows [N, 3, D], each head's query, key and value together: GPT-NeoX's and
+    Hugging Face's order. Grouped-query: `query`, rows [N, D], and `key_value`, rows [G, 2, D], apart, because with
+    more ranks than kv heads the first is still divided, while the second is replicated and each rank takes the kv
+    head that its queries share.
     """
 
     def __init__(
@@ -236,9 +239,7 @@ class TransformerBlock(nn.Module):
             self._forward, x, positions, store, use_reentrant=False, context_fn=self.stream.replay_contexts
         )
 
-    def _forward(
-        self, x: torch.Tensor, positions: torch.Tensor | None, store: KeyValueStore | None
-    ) -> torch.Tensor:
+    def _forward(self, x: torch.Tensor, positions: torch.Tensor | None, store: KeyValueStore | None) -> torch.Tensor:
         if self.residual == "sequential":
             assert self.post_attention_layernorm is not None
             attended = self.attention(self._enter(self.input_layernorm(x)), positions, store)
@@ -264,8 +265,8 @@ class TransformerBlock(nn.Module):
 class Head(nn.Module):
     """The output projection's weight [V, H]; divided over the tensor-parallel ranks along dim 0.
 
-    It multiplies nothing itself: the objective takes hidden states and weight together, because loss and gradient are made chunk by
-    chunk (megatron.ops.cross_entropy), and inference needs logits at the last position only.
+    It multiplies nothing itself: the objective takes hidden states and weight together, because loss and gradient are
+    made chunk by chunk (megatron.ops.cross_entropy), and inference needs logits at the last position only.
     """
 
     def __init__(self, spec: ModelSpec, groups: ProcessGroups) -> None:
@@ -279,5 +280,5 @@ class Head(nn.Module):
 
 
 def whole_sequences(hidden: torch.Tensor, groups: ProcessGroups) -> torch.Tensor:
-    """The normed hidden states as the loss takes them: all tokens on every tensor-parallel rank. Shapes: -> [B, S, H]."""
+    """The normed hidden states as the loss takes them: all tokens on every rank. Shapes: -> [B, S, H]."""
     return gather_sequence(hidden, groups)

@@ -1,8 +1,8 @@
 """Every size and switch of a model in one frozen object, all derived values explicit.
 
-The only place where internal names may differ from upstream's YAML keys; `megatron/model/from_config.py` builds it from a
-config, `megatron/convert` from a Hugging Face folder or a checkpoint's manifest. This module knows no layout and no
-process. Invariant: two equal specs describe the same function of the same weights.
+The only place where internal names may differ from upstream's YAML keys; `megatron/model/from_config.py` builds it
+from a config, `megatron/convert` from a Hugging Face folder or a checkpoint's manifest. This module knows no layout
+and no process. Invariant: two equal specs describe the same function of the same weights.
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ class ModelSpec:
         Raises ValueError if neither divides the other.
         """
         if self.num_kv_heads % tp_size and tp_size % self.num_kv_heads:
-            raise ValueError(f"{self.num_kv_heads} kv heads do not divide over {tp_size} ranks, nor the ranks over them")
+            raise ValueError(
+                f"{self.num_kv_heads} kv heads do not divide over {tp_size} ranks, nor the ranks over them"
+            )
         return max(1, self.num_kv_heads // tp_size)
 
     def to_dict(self) -> dict[str, Any]:

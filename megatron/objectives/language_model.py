@@ -1,7 +1,7 @@
 """Next-token prediction.
 
-An objective knows nothing of accumulation, data parallelism or loss scaling. Invariant: `LossTerm.sum` is a plain sum over
-tokens, so that terms of any micro-batches may be added.
+An objective knows nothing of accumulation, data parallelism or loss scaling. Invariant: `LossTerm.sum` is a plain sum
+over tokens, so that terms of any micro-batches may be added.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def language_model_loss(
     """Sum of -log p(label) over the tokens whose mask is 1.
 
     Shapes: hidden [B, T, H], weight [V / tp_size, H], labels int64 [B, T], loss_mask float [B, T].
-    Parallel: hidden replicated over the tensor-parallel ranks, the weight's rows divided; the result is the same on all of them.
+    Parallel: hidden replicated over the tensor-parallel ranks, the weight's rows divided; the result is the same on
+    all of them.
     """
     mask = loss_mask.reshape(-1).float()
     total = linear_cross_entropy(

@@ -7,12 +7,13 @@
       sequence parallel    reduce-scatter of tokens    all-gather
     gather_sequence        all-gather of tokens        own slice             before the loss, whose gradient is whole
     split_sequence         own slice                   all-gather
-    shared_parameter       identity                    all-reduce            a replicated parameter used on a part of the tokens
+    shared_parameter       identity                    all-reduce            a replicated parameter used on a part of
+    the tokens
 
 Every function is the identity with one tensor-parallel rank. Not here: data-parallel reduction (DeepSpeed's) and the
 vocabulary-parallel loss (megatron.ops.cross_entropy).
-Sources: Shoeybi et al. 2019, Megatron-LM (arXiv 1909.08053), section 3, operators f and g; Korthikanti et al. 2022 (arXiv
-2205.05198), section 4.2.2, operators g and g-bar.
+Sources: Shoeybi et al. 2019, Megatron-LM (arXiv 1909.08053), section 3, operators f and g; Korthikanti et al. 2022
+(arXiv 2205.05198), section 4.2.2, operators g and g-bar.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Initial values as a function of (seed, parameter name, logical shape): the same logical weights at every layout, bitwise.
+"""Initial values as a function of (seed, parameter name, logical shape): bitwise the same at every layout.
 
-Values are drawn on the CPU in fp32, whatever device the parameter lives on, because generators of different devices give
-different streams. Not here: which parameter gets which distribution (megatron.model.init).
+Values are drawn on the CPU in fp32, whatever device the parameter lives on, because generators of different devices
+give different streams. Not here: which parameter gets which distribution (megatron.model.init).
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def fill_from(
 ) -> None:
     """Draw the logical tensor and keep this rank's shard of it.
 
-    The whole logical tensor exists for a moment on every rank; the largest one (the embedding of a 20B model) is 1.2 GB.
+    The whole logical tensor exists for a moment on every rank; the largest one (the embedding of a 20B model) is 1.2
+    GB.
     """
     spec = get_shard_spec(parameter)
     logical = torch.empty(spec.logical_shape, dtype=torch.float32, device="cpu")

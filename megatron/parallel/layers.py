@@ -1,8 +1,8 @@
 """Linear and embedding layers whose weights are divided over the tensor-parallel ranks.
 
-Weights are created empty; `megatron.parallel.init` fills them as a function of seed and name. Every parameter carries its
-ShardSpec. Not here: normalisation (replicated on every rank) and the output head's loss (megatron.ops.cross_entropy).
-Invariant: shards are contiguous slices of the logical tensor.
+Weights are created empty; `megatron.parallel.init` fills them as a function of seed and name. Every parameter carries
+its ShardSpec. Not here: normalisation (replicated on every rank) and the output head's loss
+(megatron.ops.cross_entropy). Invariant: shards are contiguous slices of the logical tensor.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class RowParallelLinear(nn.Module):
     """y = x W^T + b with the input features divided over the ranks.
 
     Shapes: x [..., in / tp_size] -> [..., out], replicated (or this rank's tokens of it).
-    Parallel: weight [out, in] divided along dim 1; the bias is replicated and added once, after the sum, so that the function
-    is the same at every tp_size (upstream adds it on every rank with gpt_j_residual: upstream.md 3.7).
+    Parallel: weight [out, in] divided along dim 1; the bias is replicated and added once, after the sum, so that the
+    function is the same at every tp_size (upstream adds it on every rank with gpt_j_residual: upstream.md 3.7).
     """
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool, groups: ProcessGroups) -> None:

@@ -1,9 +1,9 @@
 """Which random numbers dropout draws.
 
-Two streams on every rank, both functions of the seed. `replicated` is torch's default generator: alike on all tensor-parallel
-ranks, other on every replica and stage; it serves what all tensor-parallel ranks hold. `divided` differs on every rank; it
-serves what they divide between them (heads, and with sequence parallelism tokens). Invariant: recomputing a block draws the
-same numbers again, from both.
+Two streams on every rank, both functions of the seed. `replicated` is torch's default generator: alike on all
+tensor-parallel ranks, other on every replica and stage; it serves what all tensor-parallel ranks hold. `divided`
+differs on every rank; it serves what they divide between them (heads, and with sequence parallelism tokens).
+Invariant: recomputing a block draws the same numbers again, from both.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class RandomStream:
     def replay_contexts(
         self,
     ) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
-        """The pair that torch.utils.checkpoint wants: remember the state at the forward pass, begin the second one there."""
+        """The pair that torch.utils.checkpoint wants: remember the forward pass's state, recompute from there."""
         remembered: list[torch.Tensor] = []
 
         @contextlib.contextmanager

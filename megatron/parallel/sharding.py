@@ -1,7 +1,7 @@
-"""Where a parameter's shard lies in the logical tensor: the basis of any-layout checkpoints and of layout-free initialisation.
+"""Where a parameter's shard lies in the logical tensor: the basis of any-layout checkpoints and initialisation.
 
-This module is pure arithmetic on shapes (no process group). Invariant: the shards of all tensor-parallel ranks, laid side
-by side along `dim`, are exactly the logical tensor.
+This module is pure arithmetic on shapes (no process group). Invariant: the shards of all tensor-parallel ranks, laid
+side by side along `dim`, are exactly the logical tensor.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Rank arithmetic of the pipeline x data x tensor grid.
 
 Pure integers: no process is started, no group is made. The order is upstream's (and DeepSpeed's
-`PipeModelDataParallelTopology`): pipeline outermost, data, tensor innermost, so that the ranks of one tensor-parallel group
-are neighbours on one machine. Invariant: `coordinates` and `global_rank` are inverse to each other.
+`PipeModelDataParallelTopology`): pipeline outermost, data, tensor innermost, so that the ranks of one tensor-parallel
+group are neighbours on one machine. Invariant: `coordinates` and `global_rank` are inverse to each other.
 """
 
 from __future__ import annotations

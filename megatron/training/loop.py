@@ -1,7 +1,7 @@
 """The loop over optimizer steps: learn, look, validate, save, stop.
 
-Everything it needs lies in a `Run`; it reads no configuration. Invariant: what happens after step n depends on n, on the
-weights and on the data alone, so that a run continued from a checkpoint is the same run.
+Everything it needs lies in a `Run`; it reads no configuration. Invariant: what happens after step n depends on n, on
+the weights and on the data alone, so that a run continued from a checkpoint is the same run.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def train(run: Run) -> None:
 
 
 def evaluate(run: Run, loader: BatchLoader) -> float:
-    """Mean loss over the first eval_iters batches of a data set: the same samples every time, so that values compare."""
+    """Mean loss over the first eval_iters batches: the same samples every time, so that values compare."""
     losses = [
         run.engine.evaluate(loader.step_batches(index * run.plan.global_batch_size))
         for index in range(run.plan.eval_iters)
@@ -112,8 +112,9 @@ def _check_finite(run: Run, result: StepResult, sample_ids: list[int]) -> None:
     if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
         return
     raise NonFiniteLossError(
-        f"step {run.position.step + 1}: loss {result.loss:g}, gradient norm {result.grad_norm:g}, on samples {_brief(sample_ids)} "
-        "of this rank. Nothing of this step was saved; continue from the newest checkpoint with a lower learning rate, "
+        f"step {run.position.step + 1}: loss {result.loss:g}, gradient norm {result.grad_norm:g}, on samples "
+        f"{_brief(sample_ids)} of this rank. Nothing of this step was saved; "
+        "continue from the newest checkpoint with a lower learning rate, "
         "stronger gradient_clipping, or other data."
     )
 

@@ -1,6 +1,7 @@
 """When things happen in a run: pure arithmetic on steps.
 
-Invariant: every answer depends on the step alone, so that a resumed run does what the uninterrupted one would have done.
+Invariant: every answer depends on the step alone, so that a resumed run does what the uninterrupted one would have
+done.
 """
 
 from __future__ import annotations

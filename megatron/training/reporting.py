@@ -1,7 +1,7 @@
 """What a run tells: one record per step and per validation to the sinks, and the progress on the screen.
 
-Only rank 0 of the job has a recorder and a progress display; on other ranks every call is a no-op. Metric names are upstream's.
-Invariant: nothing here changes the course of a run, and nothing synchronises the device.
+Only rank 0 of the job has a recorder and a progress display; on other ranks every call is a no-op. Metric names are
+upstream's. Invariant: nothing here changes the course of a run, and nothing synchronises the device.
 """
 
 from __future__ import annotations

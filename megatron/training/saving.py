@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 from megatron.checkpoint import Retention, Saved, open_checkpoint, save
-from megatron.checkpoint.reader import Reader
 from megatron.checkpoint.random_state import capture, restore
+from megatron.checkpoint.reader import Reader
 from megatron.common.errors import CheckpointError
 from megatron.engine.state import export_pieces, import_optimizer, import_weights, optimizer_steps
 from megatron.engine.train_engine import TrainEngine
@@ -113,7 +113,8 @@ def load_run(
     """Continue from the newest whole checkpoint in the folder. Collective.
 
     Returns the position to go on from (zero with `weights_only`, which takes nothing but the weights).
-    Raises: CheckpointError if there is none and a fresh start was not allowed, or if it is of another model or of other data.
+    Raises: CheckpointError if there is none and a fresh start was not allowed, or if it is of another model or of
+    other data.
     """
     if options.folder is None:
         return Position()
@@ -171,7 +172,9 @@ def _check_model(reader: Reader, spec: ModelSpec) -> None:
     ]
     if differing:
         raise CheckpointError(
-            f"{reader.folder} is of another model:\n  " + "\n  ".join(differing) + "\nUse the config it was trained with."
+            f"{reader.folder} is of another model:\n  "
+            + "\n  ".join(differing)
+            + "\nUse the config it was trained with."
         )
 
 

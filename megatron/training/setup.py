@@ -37,12 +37,12 @@ from megatron.training.saving import LoadOptions, SaveOptions, load_run
 
 
 def build_run(config: Config) -> Run:
-    """Join the job, open the data, build model and optimizer, and continue from a checkpoint if there is one. Collective.
+    """Join the job, open the data, build model and optimizer, continue from a checkpoint if there is one. Collective.
 
     Raises: ConfigError, DataError or CheckpointError for what the user can mend.
     """
     plan = run_plan(config)
-    device = start_distributed()
+    device = start_distributed(config.launcher.device)
     groups = ProcessGroups.build(topology(config), sequence_parallel=config.parallel.sequence_parallel)
     tokenizer = build_tokenizer(config.tokenizer)
     _check_vocabulary(config, tokenizer)
@@ -82,7 +82,9 @@ def run_plan(config: Config) -> RunPlan:
     """When things happen. Raises: ConfigError if train_iters is missing."""
     training, checkpoint = config.training, config.checkpoint
     if training.train_iters is None:
-        raise ConfigError("train_iters is missing: say how many optimizer steps to train, for example train_iters: 1000")
+        raise ConfigError(
+            "train_iters is missing: say how many optimizer steps to train, for example train_iters: 1000"
+        )
     saves = SaveSchedule(
         checkpoint.checkpoint_scale, checkpoint.checkpoint_factor, frozenset(checkpoint.extra_save_iters or ())
     )
@@ -111,6 +113,7 @@ def build_engine(config: Config, groups: ProcessGroups, device: torch.device) ->
             lr=chosen.lr,
             betas=chosen.betas,
             eps=chosen.eps,
+            momentum=chosen.momentum,
         ),
         seed=config.training.seed,
         device=device,
@@ -209,6 +212,6 @@ def _build_datasets(config: Config, groups: ProcessGroups) -> dict[str, BatchLoa
 def _check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
     if tokenizer.vocab_size != config.tokenizer.vocab_size:
         raise ConfigError(
-            f"{config.tokenizer.vocab_file}: the tokenizer knows {tokenizer.vocab_size} ids, the config was resolved for "
-            f"{config.tokenizer.vocab_size}. Start again so that the sizes are computed afresh."
+            f"{config.tokenizer.vocab_file}: the tokenizer knows {tokenizer.vocab_size} ids, the config was resolved "
+            f"for {config.tokenizer.vocab_size}. Start again so that the sizes are computed afresh."
         )

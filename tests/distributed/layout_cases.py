@@ -1,6 +1,7 @@
 """Train a tiny model on synthetic batches at any layout; runs on every rank of a warm pool.
 
-The batches of a step are a function of the step alone, cut over data-parallel ranks and micro-batches as the loader does.
+The batches of a step are a function of the step alone, cut over data-parallel ranks and micro-batches as the loader
+does.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from megatron.parallel.topology import Topology
 
 SEQ_LENGTH = 12
 
-# A key's bias on unrotated dims has no effect on the softmax, so its gradient is zero but for rounding. Adam divides by the
-# size of the gradient and would blow that noise up to full steps; a larger eps keeps it noise.
+# A key's bias on unrotated dims has no effect on the softmax, so its gradient is zero but for rounding. Adam divides
+# by the size of the gradient and would blow that noise up to full steps; a larger eps keeps it noise.
 EPS = 1e-5
 
 

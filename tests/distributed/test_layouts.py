@@ -61,7 +61,11 @@ def _check(ranks: Ranks, reference: dict[str, Any], case: Case) -> None:
         assert mine.keys() == theirs.keys()
         for name, tensor in mine.items():
             torch.testing.assert_close(
-                tensor, theirs[name], rtol=0.0, atol=WEIGHT_TOLERANCE, msg=lambda text, name=name: f"{name} ({kind}): {text}"
+                tensor,
+                theirs[name],
+                rtol=0.0,
+                atol=WEIGHT_TOLERANCE,
+                msg=lambda text, name=name, kind=kind: f"{name} ({kind}): {text}",
             )
 
 
@@ -110,7 +114,9 @@ def test_recomputation_is_bitwise_the_same(ranks: Ranks, layout: dict[str, Any],
     """Also with dropout: the second forward pass draws the same masks, on divided and on replicated tensors."""
     spec = {"hidden_dropout": dropout, "attention_dropout": dropout}
     kept, again = (
-        ranks(train_case, Case(**layout).world_size, Case(**layout, spec=spec, steps=6, recompute=recompute), timeout=120)
+        ranks(
+            train_case, Case(**layout).world_size, Case(**layout, spec=spec, steps=6, recompute=recompute), timeout=120
+        )
         for recompute in (False, True)
     )
     assert [result["losses"] for result in kept] == [result["losses"] for result in again]
@@ -123,6 +129,8 @@ def test_half_precision_stays_near_fp32(
     ranks: Ranks, reference: Callable[..., dict[str, Any]], layout: str, precision: str, spread: float
 ) -> None:
     """bf16 keeps 8 bits and fp16 11 bits of mantissa: losses differ in the third digit, not more (deepspeed.md 2)."""
-    results = ranks(train_case, Case(**LAYOUTS[layout]).world_size, Case(**LAYOUTS[layout], precision=precision), timeout=120)
+    results = ranks(
+        train_case, Case(**LAYOUTS[layout]).world_size, Case(**LAYOUTS[layout], precision=precision), timeout=120
+    )
     assert results[0]["losses"] == pytest.approx(reference("neox", "micro_batch", False)["losses"], rel=spread)
     assert results[0]["losses"] == results[-1]["losses"]

@@ -1,4 +1,4 @@
-"""Whole training runs from a YAML file, on every rank of a warm pool; optionally killed like a job that loses its machine."""
+"""Whole training runs from a YAML file, on every rank of a warm pool; optionally killed as if by a lost machine."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def write_config(folder: Path, name: str = "run", **changes: Any) -> Path:
 
 
 def train_run(config_path: str, kill_after: int | None = None, poison_step: int | None = None) -> dict[str, Any]:
-    """Train as the file says; kill this rank with SIGKILL once `kill_after` steps are done and before anything else happens.
+    """Train as the file says; SIGKILL this rank once `kill_after` steps are done, before anything else happens.
 
     poison_step: the loss of this step is reported as NaN.
     """

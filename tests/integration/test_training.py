@@ -1,4 +1,4 @@
-"""Training runs as a user starts them: they learn, log, validate, save, resume exactly, and refuse what cannot go on."""
+"""Training runs as a user starts them: they log, validate, save, resume exactly, and refuse what cannot go on."""
 
 from __future__ import annotations
 
@@ -118,7 +118,12 @@ def test_finetuning_continues_the_loss_in_every_precision(ranks: Ranks, tmp_path
     fresh = ranks(train_run, 1, str(write_config(tmp_path, "fresh", train_iters=2)))[0]["losses"]
     for precision in ("fp32", "bfloat16", "fp16"):
         config = write_config(
-            tmp_path, f"tuned-{precision}", load=str(tmp_path / "base"), finetune=True, train_iters=2, precision=precision
+            tmp_path,
+            f"tuned-{precision}",
+            load=str(tmp_path / "base"),
+            finetune=True,
+            train_iters=2,
+            precision=precision,
         )
         losses = ranks(train_run, 2, str(config))[0]["losses"]
         assert max(losses) < min(fresh) - 0.2, (precision, losses, fresh)

@@ -1,4 +1,4 @@
-"""The first 20 losses of training equal an independent loop: transformers' model, torch's AdamW, the same schedule and clipping."""
+"""The first 20 losses equal an independent loop: transformers' model, torch's AdamW, the same schedule and clipping."""
 
 from __future__ import annotations
 

@@ -36,7 +36,11 @@ def test_every_preset_builds_with_the_planned_number_of_parameters(preset: str) 
 def test_names_are_public_and_complete() -> None:
     names = {name for name, _ in build_model(tiny_spec(num_layers=1)).named_parameters()}
     block = "layers.0"
-    norms = {f"{block}.{norm}.{kind}" for norm in ("input_layernorm", "post_attention_layernorm") for kind in ("weight", "bias")}
+    norms = {
+        f"{block}.{norm}.{kind}"
+        for norm in ("input_layernorm", "post_attention_layernorm")
+        for kind in ("weight", "bias")
+    }
     matrices = {
         f"{block}.{layer}.{kind}"
         for layer in ("attention.query_key_value", "attention.dense", "mlp.linear1", "mlp.linear2")

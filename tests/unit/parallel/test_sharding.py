@@ -6,7 +6,9 @@ from megatron.parallel.layers import sharded_parameter
 from megatron.parallel.sharding import ShardSpec, get_shard_spec
 
 
-@pytest.mark.parametrize(("shape", "dim", "tp_size"), [((6, 5), 0, 3), ((5, 8), 1, 4), ((12,), 0, 2), ((7, 3), None, 4)])
+@pytest.mark.parametrize(
+    ("shape", "dim", "tp_size"), [((6, 5), 0, 3), ((5, 8), 1, 4), ((12,), 0, 2), ((7, 3), None, 4)]
+)
 def test_shards_side_by_side_are_the_logical_tensor(shape: tuple[int, ...], dim: int | None, tp_size: int) -> None:
     spec = ShardSpec(shape, dim)
     logical = torch.randn(shape, generator=torch.Generator().manual_seed(1))
