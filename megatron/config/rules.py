@@ -39,14 +39,20 @@ def check_tensor_parallel(draft: Draft) -> None:
             f"model_parallel_size = {tp} ranks. "
             "Use a multiple of it, or remove sequence_parallel.",
         )
-    for name in ("num_attention_heads", "num_kv_heads", "ffn_size", "padded_vocab_size"):
+    for name in ("num_attention_heads", "ffn_size", "padded_vocab_size"):
         if name in draft.failed or draft[name] is None or draft[name] % tp == 0:
-            continue
-        if name == "num_kv_heads" and not draft.is_given(name):
             continue
         place = name if draft.is_given(name) else "model_parallel_size"
         draft.problem(
             place, f"{name} = {draft[name]} is not a multiple of model_parallel_size = {tp}. Change one of the two."
+        )
+    kv_heads = draft["num_kv_heads"]
+    # Fewer kv heads than ranks are replicated: each rank takes the one that its query heads share.
+    if draft.is_given("num_kv_heads") and kv_heads % tp and tp % kv_heads:
+        draft.problem(
+            "num_kv_heads",
+            f"num_kv_heads = {kv_heads} neither divides nor is a multiple of model_parallel_size = {tp}. Change one of "
+            "the two.",
         )
 
 

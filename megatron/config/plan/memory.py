@@ -72,16 +72,17 @@ def _activation_bytes(config: Config, stage: int, word: int) -> int:
     model, stages, tp = config.model, config.parallel.num_stages, config.parallel.model_parallel_size
     batch, sequence = config.batch.train_micro_batch_size_per_gpu, model.seq_length
     hidden, heads, kv_heads, ffn = model.hidden_size, model.num_attention_heads, model.num_kv_heads, model.ffn_size
-    width, kv_width = heads * model.head_dim, kv_heads * model.head_dim
+    # A rank has its part of the query heads, and of the kv heads at least one, which it may share with others.
+    width, kv_width = heads // tp * model.head_dim, max(1, kv_heads // tp) * model.head_dim
     # Whole on every tensor rank: the block's input, what the two norms make of it, a sequential residual's middle.
     whole = hidden * (3 + (0 if model.gpt_j_residual else 1))
     # Divided: q, k, v; rotated q and k; the attention's output; the feed-forward before and after its activation.
     rotated = width + kv_width if model.pos_emb == "rotary" else 0
-    divided = width + 2 * kv_width + rotated + width + ffn * (3 if model.is_gated else 2)
+    divided = width + 2 * kv_width + rotated + width + ffn // tp * (3 if model.is_gated else 2)
     if config.parallel.sequence_parallel:
         whole, hidden = whole // tp, hidden // tp
     tokens = batch * sequence
-    block = tokens * (whole + divided // tp) * word
+    block = tokens * (whole + divided) * word
     layers = -(-model.num_layers // stages)
     # One stage holds as many micro-batches as there are stages from it to the last (1F1B schedule).
     under_way = min(config.batch.gradient_accumulation_steps, stages - stage)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron.common.errors import ConfigError
 from megatron.config.resolved import Config
@@ -59,6 +59,7 @@ def parameters(config: Config) -> Iterator[Parameter]:
     model, rows = config.model, config.tokenizer.padded_vocab_size
     hidden, heads, kv_heads, ffn = model.hidden_size, model.num_attention_heads, model.num_kv_heads, model.ffn_size
     require_vocabulary(config)
+    tp = config.parallel.model_parallel_size
     has_norm_bias = model.norm == "layernorm"
     attended, kv_size = heads * model.head_dim, 2 * kv_heads * model.head_dim
 
@@ -85,7 +86,9 @@ def parameters(config: Config) -> Iterator[Parameter]:
             yield from linear(f"{name}.attention.query_key_value", 3 * attended, hidden, attention_bias, True, layer)
         else:
             yield from linear(f"{name}.attention.query", attended, hidden, attention_bias, True, layer)
-            yield from linear(f"{name}.attention.key_value", kv_size, hidden, attention_bias, True, layer)
+            key_value = linear(f"{name}.attention.key_value", kv_size, hidden, attention_bias, True, layer)
+            # With more tensor-parallel ranks than kv heads, every rank holds all of them.
+            yield from (replace(parameter, sharded=kv_heads % tp == 0) for parameter in key_value)
         yield from linear(f"{name}.attention.dense", hidden, attended, attention_bias, False, layer)
         if not model.gpt_j_tied:
             yield from norm(f"{name}.post_attention_layernorm", layer)

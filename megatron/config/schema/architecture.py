@@ -34,7 +34,7 @@ class ModelSection(Section):
     num_kv_heads: Int = key(
         None,
         "Key and value heads (grouped-query attention). Unset: as many as query heads. "
-        "Divides num_attention_heads and is a multiple of model_parallel_size.",
+        "Divides num_attention_heads; is a multiple of model_parallel_size, or divides it: then ranks share a head.",
         gt=0,
     )
     intermediate_size: Int | None = key(

@@ -12,6 +12,8 @@ from megatron.config.plan import count_parameters, estimate_memory, flops_per_to
 from megatron.config.plan.parameters import parameters, stage_parameters
 from megatron.model.build import build_model
 from megatron.model.from_config import model_spec
+from megatron.parallel.process_groups import ProcessGroups
+from megatron.parallel.topology import Topology
 from tests.unit.config.conftest import TINY
 
 Tiny = Callable[..., Config]
@@ -31,6 +33,16 @@ def test_names_and_shapes_are_those_of_the_real_model(tiny: Tiny, changes: dict[
     model = build_model(model_spec(config), device="meta")
     real = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     assert {parameter.name: parameter.shape for parameter in parameters(config)} == real
+
+
+@pytest.mark.parametrize(
+    ("tp", "kv_heads"), [(1, 2), (2, 1), (2, 2), (2, 6), (3, 1), (3, 3), (3, 6), (6, 1), (6, 2), (6, 3), (6, 6)]
+)
+def test_a_tensor_rank_holds_what_the_plan_says(tiny: Tiny, tp: int, kv_heads: int) -> None:
+    config = tiny(tp, model_parallel_size=tp, num_kv_heads=kv_heads)
+    groups = ProcessGroups(Topology(tp_size=tp), tp - 1)
+    model = build_model(model_spec(config), groups, device="meta")
+    assert sum(parameter.numel() for parameter in model.parameters()) == count_parameters(config).per_device
 
 
 def test_20b() -> None:
@@ -95,6 +107,14 @@ def test_recomputation_and_division_save_activations() -> None:
     divided = memory(devices=2, model_parallel_size=2)["activations"]
     assert memory(devices=2, model_parallel_size=2, sequence_parallel=True)["activations"] < divided
     assert memory(train_micro_batch_size_per_gpu=3)["activations"] == 3 * whole
+
+
+def test_kv_heads_that_ranks_share_cost_each_of_them_one_head() -> None:
+    """Of 3 ranks, each works with 2 query heads and 1 kv head, whether there are 3 kv heads or 1."""
+    assert (
+        memory(devices=3, model_parallel_size=3, num_kv_heads=1)["activations"]
+        == memory(devices=3, model_parallel_size=3, num_kv_heads=3)["activations"]
+    )
 
 
 def test_the_plan_names_the_main_numbers() -> None:

@@ -17,7 +17,11 @@ ADAM = {"type": "Adam", "params": {"lr": 1e-3}}
     ("devices", "changes", "message"),
     [
         (4, {"model_parallel_size": 4}, "num_attention_heads = 6 is not a multiple of model_parallel_size = 4"),
-        (2, {"model_parallel_size": 2, "num_kv_heads": 3}, "num_kv_heads = 3 is not a multiple of model_parallel_size"),
+        (
+            2,
+            {"model_parallel_size": 2, "num_kv_heads": 3},
+            "num_kv_heads = 3 neither divides nor is a multiple of model_parallel_size = 2.",
+        ),
         (3, {"model_parallel_size": 3, "intermediate_size": 100}, "ffn_size = 100 is not a multiple"),
         (2, {"model_parallel_size": 2, "padded_vocab_size": 513}, "padded_vocab_size = 513 is not a multiple"),
         (1, {"pos_emb": "rotary", "rotary_pct": 0.4}, "turns 3 of 8 dimensions"),
@@ -70,6 +74,8 @@ def test_refused(refused: Callable[..., str], devices: int, changes: dict[str, o
     [
         (3, {"model_parallel_size": 3, "intermediate_size": 99}),
         (2, {"model_parallel_size": 2, "num_kv_heads": 2}),
+        (2, {"model_parallel_size": 2, "num_kv_heads": 1}),
+        (6, {"model_parallel_size": 6, "num_kv_heads": 3}),
         (4, {"pipe_parallel_size": 4}),
         (2, {"model_parallel_size": 2, "sequence_parallel": True}),
         (2, {"zero_optimization": {"stage": 2}}),
