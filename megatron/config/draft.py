@@ -26,12 +26,14 @@ class Draft:
     failed: keys without a usable value.
     origins: key or dotted nested key -> "file:line", "command line", "derived from ...".
     files: names of the files, for problems that have no line.
+    inference: whether this is for generation or evaluation, not for training.
     """
 
     values: dict[str, Any]
     given: set[str]
     origins: dict[str, str]
     files: list[str]
+    inference: bool = False
     failed: set[str] = field(default_factory=set)
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)

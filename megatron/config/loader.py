@@ -52,9 +52,8 @@ def load(
     conf_dir: folder that the file names are relative to.
     devices: the number of processes, where the caller knows it.
     planning: accept a layout that is larger than this machine.
-    inference: for generation and evaluation: one pipeline stage (checkpoints load at any layout), no optimizer states,
-    no
-        recomputation; the batch per step is not looked at.
+    inference: for generation and evaluation: one pipeline stage (checkpoints load at any layout), no optimizer
+        states, no recomputation; the batch per step is not looked at.
     require_files: also require the tokenizer's file and the datasets to be there (raises DataError).
 
     Raises: ConfigError listing all problems.
@@ -65,8 +64,7 @@ def load(
     _apply_overrides(merged, origins, overrides or {})
     if inference:
         _apply_overrides(merged, origins, INFERENCE, "generation and evaluation")
-    draft = Draft({}, set(), origins, [source.name for source in sources])
-    draft.problems = problems
+    draft = Draft({}, set(), origins, [source.name for source in sources], inference, problems=problems)
     _sort_names(draft, merged)
     _coerce(draft, merged)
     _derive(

@@ -141,7 +141,15 @@ def check_learning_rate(draft: Draft) -> None:
 
 
 def check_checkpoint(draft: Draft) -> None:
-    """When to save."""
+    """When to save, and where to load from."""
+    if draft.inference:
+        # Nothing is saved, and what a run saved is found in its `save` as well.
+        if draft["iteration"] is not None and draft["load"] is None and draft["save"] is None:
+            draft.problem(
+                "iteration",
+                f"iteration = {draft['iteration']} needs load or save: the folder that holds the checkpoint. Set load.",
+            )
+        return
     factor, extra = draft["checkpoint_factor"], draft["extra_save_iters"]
     if draft["save"] is not None and factor is None and extra is None:
         draft.problem(

@@ -156,6 +156,17 @@ def test_inference_takes_one_stage_and_ignores_the_batch() -> None:
     assert not config.training.checkpoint_activations
 
 
+def test_inference_finds_a_step_in_save_as_well(write: Write) -> None:
+    for folder in ("save", "load"):
+        config = load([], {**TINY, "iteration": 5, folder: "x"}, devices=1, inference=True)
+        assert config.checkpoint.iteration == 5
+    with pytest.raises(ConfigError, match="iteration = 5 needs load or save"):
+        load([], {**TINY, "iteration": 5}, devices=1, inference=True)
+    assert "iteration = 5 needs load:" in problems(write("my.yml", BASE + "iteration: 5
+save: x
+"))[-1]
+
+
 def test_interactive_generation_runs_one_replica() -> None:
     changes = {**TINY, "cpu_processes": 4, "model_parallel_size": 2, "device": "cpu"}
     assert load([], changes, inference=True).parallel.world_size == 4
