@@ -51,6 +51,7 @@ class WeightsAndBiases:
                 "`wandb sync` sends it later"
             )
         options.folder.mkdir(parents=True, exist_ok=True)
+        self._wandb = wandb
         self._run = wandb.init(
             project=options.project,
             group=options.group,
@@ -68,8 +69,10 @@ class WeightsAndBiases:
         self._run.log({**metrics, **more}, step=step)
 
     def close(self) -> None:
-        """End the run."""
+        """End the run; when this returns, its file is complete."""
         self._run.finish()
+        # `finish` may return while wandb's own process still writes: only its end says that it has.
+        self._wandb.teardown()
 
 
 def has_api_key(host: str = DEFAULT_HOST) -> bool:
