@@ -59,18 +59,14 @@ def run_main(main: Callable[[], int | None]) -> None:
     """Run a command's `main` and exit with its code; a `MegatronError` becomes one message on stderr.
 
     `MEGATRON_DEBUG=1` or `--debug` on the command line shows the traceback as well. In a process of a multi-process
-    run, the rank and the host stand in front of the message.
+    run, the rank and the host stand in front of every line of an error, ours or not: `megatron.launch.error_reports`
+    then shows once what all ranks say.
     """
     try:
         code = main() or 0
     except MegatronError as error:
-        if "--debug" in sys.argv or os.environ.get("MEGATRON_DEBUG") == "1":
-            traceback.print_exc()
-        rank = os.environ.get("RANK")
-        where = (
-            f"[rank {rank} on {os.uname().nodename}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 and rank else ""
-        )
-        print(f"{where}error: {error}", file=sys.stderr, flush=True)
+        is_debugging = "--debug" in sys.argv or os.environ.get("MEGATRON_DEBUG") == "1"
+        _report((traceback.format_exc() if is_debugging else "") + f"error: {error}")
         code = error.exit_code
     except KeyboardInterrupt:
         code = 130
@@ -78,4 +74,15 @@ def run_main(main: Callable[[], int | None]) -> None:
         # The reader of our output went away (`| head`): end quietly, and keep the interpreter from complaining at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
+    except Exception:
+        _report(traceback.format_exc().rstrip("\n"))
+        code = 1
     sys.exit(code)
+
+
+def _report(text: str) -> None:
+    rank = os.environ.get("RANK")
+    if rank and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        front = f"[rank {rank} on {os.uname().nodename}] "
+        text = "\n".join(front + line for line in text.split("\n"))
+    print(text, file=sys.stderr, flush=True)

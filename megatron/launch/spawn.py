@@ -1,7 +1,7 @@
 """Run the ranks of one host, pass on their output and signals, and leave nothing behind.
 
 Knows no configuration. Rank 0 writes straight to the terminal; the other ranks' lines go to stderr with `[rank N]` in
-front.
+front; errors that ranks report are kept a moment, so that one that all of them report is shown once.
 Invariant: when `run_ranks` returns or this process dies, by whatever signal, no rank is running any more.
 """
 
@@ -22,10 +22,15 @@ from types import FrameType
 from typing import IO
 
 from megatron.launch.commands import RankCommand
+from megatron.launch.error_reports import ErrorReports
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 # After the first failure: time for the others to fail by themselves, then to end on SIGTERM, before SIGKILL.
 OWN_END_S, TERM_S = 1.0, 5.0
+# A rank that reported an error and does not end: how long the others have to report the same.
+REPORT_S = 2.0
+# What ranks started may hold their output open.
+LAST_LINES_S = 1.0
 LAST_WORDS_LINES = 30
 _PR_SET_PDEATHSIG = 1
 
@@ -33,8 +38,9 @@ _PR_SET_PDEATHSIG = 1
 class _Rank:
     """One child process, the threads that read its output, and its last lines."""
 
-    def __init__(self, command: RankCommand, shares_group: bool) -> None:
+    def __init__(self, command: RankCommand, shares_group: bool, reports: ErrorReports) -> None:
         self.number = command.rank
+        self.reports = reports
         self.shares_group = shares_group
         self.last_words: collections.deque[str] = collections.deque(maxlen=LAST_WORDS_LINES)
         first = self.number == 0
@@ -60,12 +66,12 @@ class _Rank:
         for raw in stream:
             line = raw.decode("utf-8", "replace")
             if stream is self.process.stderr:
+                if self.reports.take(self.number, line):
+                    continue
                 self.last_words.append(line)
             if self.number:
                 line = f"[rank {self.number}] {line}"
-            with contextlib.suppress(OSError, ValueError):
-                sys.stderr.write(line)
-                sys.stderr.flush()
+            _print(line)
 
     def send(self, number: int) -> None:
         """Send a signal to the rank and what it started."""
@@ -81,18 +87,19 @@ def run_ranks(commands: Sequence[RankCommand]) -> int:
 
     Returns the exit code: 0, or that of the rank that failed first (128 + n for one that signal n ended).
     """
-    ended: queue.Queue[_Rank] = queue.Queue()
+    ended: queue.Queue[_Rank | None] = queue.Queue()
+    reports = ErrorReports(len(commands), on_first=lambda: ended.put(None))
     ranks: list[_Rank] = []
     previous = {number: signal.signal(number, _forwarder(ranks)) for number in FORWARDED}
     # Only a rank in our own process group may read from the terminal, and Ctrl-C then reaches it without us.
     at_terminal = _is_foreground()
     try:
         for command in commands:
-            ranks.append(_Rank(command, shares_group=at_terminal and command.rank == 0))
+            ranks.append(_Rank(command, at_terminal and command.rank == 0, reports))
         for rank in ranks:
             rank.start_reading()
             threading.Thread(target=_wait, args=(rank, ended), daemon=True).start()
-        return _supervise(ranks, ended)
+        return _supervise(ranks, ended, reports)
     finally:
         for rank in ranks:
             if rank.process.poll() is None or not rank.shares_group:
@@ -102,29 +109,40 @@ def run_ranks(commands: Sequence[RankCommand]) -> int:
             signal.signal(number, handler)
 
 
-def _supervise(ranks: list[_Rank], ended: queue.Queue[_Rank]) -> int:
+def _supervise(ranks: list[_Rank], ended: queue.Queue[_Rank | None], reports: ErrorReports) -> int:
+    """`ended` gives each rank as it ends, and None when the first error is reported."""
     running = set(ranks)
     failed: _Rank | None = None
-    steps: list[tuple[float, int]] = []
+    # What is to happen when; None stands for showing the reports.
+    steps: list[tuple[float, int | None]] = []
     while running:
         timeout = max(0.0, steps[0][0] - time.monotonic()) if steps else None
         try:
             rank = ended.get(timeout=timeout)
         except queue.Empty:
             number = steps.pop(0)[1]
+            if number is None:
+                _print(reports.show())
+                continue
             for other in running:
                 other.send(number)
             continue
-        running.discard(rank)
-        if rank.process.returncode != 0 and failed is None:
-            failed = rank
-            now = time.monotonic()
-            steps = [(now + OWN_END_S, signal.SIGTERM), (now + OWN_END_S + TERM_S, signal.SIGKILL)]
+        now = time.monotonic()
+        if rank is None:
+            steps.append((now + REPORT_S, None))
+        else:
+            running.discard(rank)
+            if rank.process.returncode != 0 and failed is None:
+                failed = rank
+                steps += [(now + OWN_END_S, signal.SIGTERM), (now + OWN_END_S + TERM_S, signal.SIGKILL)]
+        steps.sort(key=lambda step: step[0])
+    deadline = time.monotonic() + LAST_LINES_S
+    for reader in (reader for rank in ranks for reader in rank.readers):
+        reader.join(timeout=max(0.0, deadline - time.monotonic()))
+    _print(reports.show())
     if failed is None:
         return 0
     code = failed.process.returncode
-    for reader in failed.readers:
-        reader.join(timeout=1.0)
     _report(failed, code)
     return 128 - code if code < 0 else code
 
@@ -134,11 +152,16 @@ def _report(failed: _Rank, code: int) -> None:
         # Ended on request: the rank has said what there is to say.
         return
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
-    words = "".join(failed.last_words).strip()
-    print(
-        f"\nrank {failed.number} {how}, the first to do so." + (f" Its last words:\n{words}" if words else ""),
-        file=sys.stderr,
+    words = "" if failed.reports.has(failed.number) else "".join(failed.last_words).strip()
+    _print(
+        f"\nrank {failed.number} {how}, the first to do so." + (f" Its last words:\n{words}" if words else "") + "\n"
     )
+
+
+def _print(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write(text)
+        sys.stderr.flush()
 
 
 def _forwarder(ranks: list[_Rank]):  # type: ignore[no-untyped-def]
@@ -156,7 +179,7 @@ def _forwarder(ranks: list[_Rank]):  # type: ignore[no-untyped-def]
     return forward
 
 
-def _wait(rank: _Rank, ended: queue.Queue[_Rank]) -> None:
+def _wait(rank: _Rank, ended: queue.Queue[_Rank | None]) -> None:
     rank.process.wait()
     ended.put(rank)
 

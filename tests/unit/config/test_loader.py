@@ -162,7 +162,8 @@ def test_inference_finds_a_step_in_save_as_well(write: Write) -> None:
         assert config.checkpoint.iteration == 5
     with pytest.raises(ConfigError, match="iteration = 5 needs load or save"):
         load([], {**TINY, "iteration": 5}, devices=1, inference=True)
-    assert "iteration = 5 needs load:" in problems(write("my.yml", BASE + "iteration: 5\nsave: x\ncheckpoint_factor: 1\n"))[-1]
+    path = write("my.yml", BASE + "iteration: 5\nsave: x\ncheckpoint_factor: 1\n")
+    assert "iteration = 5 needs load:" in problems(path)[-1]
 
 
 def test_interactive_generation_runs_one_replica() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[3]
 LAUNCHER = """
 import sys
 from megatron.launch.commands import RankCommand
@@ -33,6 +34,7 @@ class Job:
         script.write_text(PREAMBLE + body)
         self.process = subprocess.Popen(
             [sys.executable, "-c", LAUNCHER, str(script), str(world)],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -95,6 +97,51 @@ def test_first_failure_gives_code_and_last_words_and_ends_the_others(job: Callab
     assert err.rstrip().endswith("rank 1 failed with exit code 5, the first to do so. Its last words:\nbroken disk")
     assert time.monotonic() - started < 15
     one.wait_until_gone(one.pids(), 0.5)
+
+
+RAISING = """
+os.environ["WORLD_SIZE"] = "3"
+from megatron.common.errors import DataError, run_main
+def main():
+    %s
+run_main(main)
+"""
+
+
+def front(ranks: str) -> str:
+    return f"[{ranks} on {os.uname().nodename}]"
+
+
+def test_an_error_of_all_ranks_is_shown_once(job: Callable[..., Job]) -> None:
+    code, _, err = job(RAISING % 'raise DataError("a.bin is gone.\\nb.bin is gone.")').end()
+    assert code == 4
+    shown, how = err.rstrip().split("\n\n")
+    assert shown == f"{front('all 3 ranks')} error: a.bin is gone.\nb.bin is gone."
+    assert how.endswith("failed with exit code 4, the first to do so.")
+
+
+def test_errors_that_differ_are_all_shown(job: Callable[..., Job]) -> None:
+    code, _, err = job(RAISING % "time.sleep(rank == 1); raise DataError(f'file {rank // 2} is gone')").end()
+    assert code == 4
+    assert f"{front('ranks 0-1')} error: file 0 is gone\n" in err
+    assert f"{front('rank 2')} error: file 1 is gone\n" in err
+    assert err.count("is gone") == 2
+
+
+def test_a_traceback_of_all_ranks_is_shown_once(job: Callable[..., Job]) -> None:
+    code, _, err = job(RAISING % "raise ZeroDivisionError('no layers')").end()
+    assert code == 1
+    assert err.startswith(f"{front('all 3 ranks')} Traceback (most recent call last):\n")
+    assert err.count("ZeroDivisionError: no layers\n") == 1
+
+
+def test_the_error_of_a_rank_that_does_not_end_is_shown_meanwhile(job: Callable[..., Job]) -> None:
+    body = "if rank == 1:\n    print('[rank 1 on h] error: stuck', file=sys.stderr)\ntime.sleep(60)"
+    one = job(body, 2)
+    assert one.process.stderr is not None
+    started = time.monotonic()
+    assert one.process.stderr.readline() == "[rank 1 on h] error: stuck\n"
+    assert time.monotonic() - started < 20
 
 
 def test_a_rank_that_ignores_sigterm_is_killed(job: Callable[..., Job]) -> None:
