@@ -3,7 +3,7 @@
 The gradients of the hidden states and of the head are made in the forward pass, while a block of logits is at hand;
 backward only scales them. Works on one rank's rows of a vocabulary that is divided over a process group. It does not
 decide which tokens count or how losses are averaged: that is `loss_weight`, given by the caller.
-Invariant: at most `chunk_rows` rows of logits are alive at any time, in one buffer that every block reuses.
+Invariant: at most `chunk_rows` rows of logits are alive at any time.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Measured: 128 to 512 rows are equal on a CPU, fewer are slower. A GPU wants larger matrices, and has the memory.
-CPU_CHUNK_ROWS = 256
+from megatron.ops.matmul import multiply_transposed, uses_onednn
+
+# Measured on a CPU: fewer rows are slower; more are no faster, and their blocks too large for glibc to keep (32 MB at a
+# vocabulary of 50,000). A GPU wants larger matrices, and has the memory.
+CPU_CHUNK_ROWS = 128
 GPU_CHUNK_ROWS = 2048
 
 # Probabilities of a large vocabulary lie in fp16's subnormal range; a power of two lifts them out of it exactly.
@@ -113,7 +116,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         head = _Head(weight, shard, min(chunk_rows, max(1, hidden.shape[0])))
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         grad_hidden = hidden.new_empty(hidden.shape, dtype=head.dtype) if wants_hidden else None
-        grad_weight = weight.new_zeros(weight.shape, dtype=head.dtype) if wants_weight else None
+        grad_weight = head.new_weight_gradient() if wants_weight else None
         # In half precision the weights of the rows (1 / number of tokens, say) could underflow: relative ones cannot.
         unit = row_weight.abs().amax().clamp_min(1e-30) if head.is_half and row_weight.numel() else None
         loss = hidden.new_zeros((), dtype=head.dtype)
@@ -127,6 +130,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             head.subtract_target(probabilities, labels[part])
             block_grad = None if grad_hidden is None else grad_hidden[part]
             head.backward(probabilities, block, block_weight, block_grad, grad_weight)
+            # Or the next block of logits would be made while this one lives.
+            del probabilities
         if grad_hidden is not None and shard.group is not None:
             dist.all_reduce(grad_hidden, group=shard.group)
         ctx.gradients = (grad_hidden, grad_weight, unit)
@@ -147,7 +152,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for gradient, dtype in zip((grad_hidden, grad_weight), ctx.dtypes, strict=True):
             if gradient is not None and not is_one:
                 gradient.mul_(scale)
-            results.append(None if gradient is None else gradient.to(dtype))
+            results.append(None if gradient is None else gradient.to(dtype).contiguous())
         return *results, None, None, None, None
 
 
@@ -161,16 +166,29 @@ class _Head:
         self.is_half = weight.dtype != self.dtype and _multiplies_half(weight.device)
         self.weight = weight if self.is_half else weight.to(self.dtype)
         self.lift = FP16_LIFT if self.is_half and weight.dtype == torch.float16 else 1.0
-        self.logits = weight.new_empty((rows, weight.shape[0]), dtype=self.dtype)
+        self.by_onednn = uses_onednn(self.weight)
+        # oneDNN gives a new matrix each time; the allocator then hands out the last block's memory again.
+        self.logits = None if self.by_onednn else weight.new_empty((rows, weight.shape[0]), dtype=self.dtype)
         self.half = weight.new_empty((rows, weight.shape[0])) if self.is_half else None
 
+    def new_weight_gradient(self) -> Tensor:
+        """Zeros [V_local, H]; transposed in memory where the products come out transposed fastest."""
+        rows, columns = self.weight.shape
+        if self.by_onednn:
+            return self.weight.new_zeros((columns, rows)).t()
+        return self.weight.new_zeros((rows, columns), dtype=self.dtype)
+
     def softmax(self, block: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Probabilities of this rank's ids (in the shared buffer), the loss of each row, whether the label is the best.
+        """Probabilities of this rank's ids, the loss of each row, whether the label is the best.
 
         The log of the sum comes from the largest probability, which is its exact reciprocal and never underflows.
         """
-        shard, logits = self.shard, self.logits[: block.shape[0]]
-        _multiply(block.to(self.weight.dtype), self.weight.t(), logits)
+        shard, block = self.shard, block.to(self.weight.dtype)
+        if self.logits is None:
+            logits = multiply_transposed(block, self.weight)
+        else:
+            logits = self.logits[: block.shape[0]]
+            _multiply(block, self.weight.t(), logits)
         if shard.valid < logits.shape[1]:
             logits[:, shard.valid :] = float("-inf")
         index, is_local = self._local(labels)
@@ -210,10 +228,17 @@ class _Head:
             by_logits = torch.mul(by_logits, self.lift, out=self.half[: by_logits.shape[0]])
         row_weight = row_weight.unsqueeze(1)
         if grad_hidden is not None:
-            _multiply(by_logits, self.weight, grad_hidden)
+            if self.by_onednn:
+                grad_hidden.copy_(multiply_transposed(by_logits, self.weight.t()))
+            else:
+                _multiply(by_logits, self.weight, grad_hidden)
             grad_hidden.mul_(row_weight / self.lift)
         if grad_weight is not None:
-            _accumulate(by_logits.t(), (block * row_weight).to(by_logits.dtype), grad_weight, 1 / self.lift)
+            weighted = (block * row_weight).to(by_logits.dtype)
+            if self.by_onednn:
+                grad_weight.t().add_(multiply_transposed(weighted.t(), by_logits.t()))
+            else:
+                _accumulate(by_logits.t(), weighted, grad_weight, 1 / self.lift)
 
     def _local(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         index = labels - self.shard.start

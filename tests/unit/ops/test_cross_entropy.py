@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron.ops import cross_entropy
+from megatron.ops import cross_entropy, matmul
 from megatron.ops.cross_entropy import linear_cross_entropy, token_losses
 
 # Relative to the largest entry. fp32: a few roundings per product of length H. Half: the gradient is rounded once.
@@ -51,14 +51,25 @@ def assert_close(got: Tensor, expected: Tensor, tolerance: float) -> None:
     assert worst <= limit, f"off by {worst:.3e}, allowed {limit:.3e}"
 
 
+@pytest.mark.parametrize("library", ["default", "oneDNN"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(
     ("tokens", "hidden", "vocab", "rows", "valid"),
     [(1, 3, 7, 4, None), (37, 16, 101, 8, None), (32, 16, 101, 8, 97), (5, 8, 33, 512, 1), (65, 5, 64, 1, 50)],
 )
 def test_loss_and_gradients_equal_the_oracle(
-    tokens: int, hidden: int, vocab: int, rows: int, valid: int | None, dtype: torch.dtype
+    tokens: int,
+    hidden: int,
+    vocab: int,
+    rows: int,
+    valid: int | None,
+    dtype: torch.dtype,
+    library: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if library == "oneDNN" and not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(matmul, "prefers_onednn", lambda: library == "oneDNN")
     x, w, labels, weights = problem(tokens, hidden, vocab, dtype)
     labels = torch.where(labels >= 0, labels % (valid or vocab), labels)
     expected, by_x, by_w = oracle(x, w, labels, weights, valid, upstream=0.25)
@@ -70,6 +81,7 @@ def test_loss_and_gradients_equal_the_oracle(
     assert x.grad is not None
     assert w.grad is not None
     assert x.grad.dtype == w.grad.dtype == dtype
+    assert w.grad.is_contiguous()
     # The loss is never rounded to half: its tolerance is that of fp32.
     assert_close(loss.detach(), expected, min(TOLERANCE[dtype], 3e-6))
     assert_close(x.grad, by_x, TOLERANCE[dtype])
