@@ -1,7 +1,6 @@
 """Score a trained model; see megatron/cli/evaluate.py."""
 
-from megatron.cli.evaluate import main
-from megatron.common.errors import run_main
+from megatron.common.interpreter import run_command
 
 if __name__ == "__main__":
-    run_main(main)
+    run_command("megatron.cli.evaluate")

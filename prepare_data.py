@@ -1,7 +1,6 @@
 """Fetch a corpus and tokenise it: `python prepare_data.py [dataset] -d data`."""
 
-from megatron.cli.prepare_data import main
-from megatron.common.errors import run_main
+from megatron.common.interpreter import run_command
 
 if __name__ == "__main__":
-    run_main(main)
+    run_command("megatron.cli.prepare_data")
