@@ -17,6 +17,7 @@ from megatron.config.messages import plain_message
 from megatron.config.schema import GATED_ACTIVATIONS
 from megatron.config.schema.base import Block, Float, key
 from megatron.config.schema.execution import Bf16Block, Fp16Block
+from megatron.config.schema.learning import decay_steps
 from megatron.config.vocabulary import Vocabulary, vocabulary_of
 
 
@@ -267,8 +268,8 @@ def derive_schedule(draft: Draft) -> None:
     if draft.is_given("lr_decay_iters") and fraction is not None:
         draft.problem("lr_decay_fraction", "lr_decay_fraction and lr_decay_iters are both set. Keep one of the two.")
     if iters:
-        steps = max(1, int(iters * fraction)) if fraction is not None else iters
-        draft.derive("lr_decay_iters", steps, "train_iters" if fraction is None else "lr_decay_fraction * train_iters")
+        source = "train_iters" if fraction is None else "lr_decay_fraction * train_iters"
+        draft.derive("lr_decay_iters", decay_steps(iters, fraction), source)
 
 
 def derive_generation(draft: Draft) -> None:

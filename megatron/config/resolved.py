@@ -35,6 +35,7 @@ from megatron.config.schema import (
     TrainingSection,
     ZeroSection,
 )
+from megatron.config.schema.learning import decay_steps
 
 FORMAT = 1
 
@@ -120,18 +121,35 @@ class Config:
             ) from error
 
     def replace(self, **values: Any) -> Config:
-        """A copy with some keys changed, unchecked; for tests."""
+        """A copy with some keys changed, unchecked."""
         changed: dict[str, dict[str, Any]] = {}
         for key, value in values.items():
             changed.setdefault(SECTION_OF[key], {})[key] = value
         sections = {title: getattr(self, title).model_copy(update=update) for title, update in changed.items()}
         return dataclasses.replace(self, **sections)  # type: ignore[arg-type]
 
+    def with_train_iters(self, train_iters: int) -> Config:
+        """A copy for a run of train_epochs, once the data has told how many steps that is.
+
+        Raises: ConfigError if the data does not fill one batch.
+        """
+        epochs = f"train_epochs = {self.training.train_epochs}"
+        if train_iters < 1:
+            raise ConfigError(
+                f"{self.origin('train_epochs')}: {epochs} over the training data does not fill one batch of "
+                f"train_batch_size = {self.batch.train_batch_size} samples. Use more epochs or a smaller batch."
+            )
+        values = {"train_iters": train_iters}
+        if self.schedule.lr_decay_iters is None:
+            values["lr_decay_iters"] = decay_steps(train_iters, self.schedule.lr_decay_fraction)
+        origins = {**self.origins, **dict.fromkeys(values, f"derived from {epochs}")}
+        return dataclasses.replace(self.replace(**values), origins=origins)
+
     def require_training(self) -> None:
         """Refuse a configuration that lacks what training needs. Raises: ConfigError naming all that is missing."""
         place = " + ".join(file.path for file in self.files) or "configuration"
         missing = []
-        if not self.training.train_iters:
+        if not self.training.train_iters and self.training.train_epochs is None:
             missing.append(f"{place}: train_iters is missing or 0. Set train_iters to the number of optimizer steps.")
         if self.optimizer.optimizer is None:
             missing.append(

@@ -204,6 +204,33 @@ def check_data(draft: Draft) -> None:
             )
 
 
+def check_packing(draft: Draft) -> None:
+    """Packed samples cut every document where they end."""
+    if not draft["allow_chopped"] and draft["pack_impl"] == "packed":
+        draft.warn(
+            "allow_chopped",
+            "allow_chopped: false has no effect with pack_impl: packed, which cuts documents where samples end",
+        )
+
+
+def check_epochs(draft: Draft) -> None:
+    """Passes and steps exclude each other; weights would break the passes."""
+    if draft["train_epochs"] is None:
+        return
+    if draft["train_iters"] is not None:
+        draft.problem(
+            "train_epochs",
+            f"train_epochs and train_iters ({draft.place('train_iters')}) are both set. Keep one of the two.",
+        )
+    for name in ("train_data_weights", "weight_by_num_documents"):
+        if draft[name]:
+            draft.problem(
+                "train_epochs",
+                f"train_epochs passes over every prefix equally often, and {name} ({draft.place(name)}) asks for "
+                "other shares. Remove one of the two.",
+            )
+
+
 def check_split(draft: Draft) -> None:
     """Three shares."""
     text = draft["split"]
@@ -272,6 +299,8 @@ RULES = (
     check_learning_rate,
     check_checkpoint,
     check_data,
+    check_packing,
+    check_epochs,
     check_split,
     check_deepspeed,
 )

@@ -71,7 +71,7 @@ NO_EFFECT: dict[str, tuple[Any, str]] = {
     "rpe_max_distance": (128, "it only serves pos_emb: rpe"),
     "scalenorm_epsilon": (1e-8, "it only serves norm: scalenorm"),
     "gmlp_attn_dim": (64, "it only serves gmlp layers"),
-    "data_impl": (("infer", "mmap"), "the files say themselves which format they have"),
+    "data_impl": (("infer", "mmap", "cached"), "the files say themselves which format they have"),
     "launcher": ("pdsh", "other hosts are reached through srun, mpirun or torchrun"),
     "deepspeed_slurm": (False, "the variables of srun are recognised by themselves"),
     "deepspeed_mpi": (False, "the variables of mpirun are recognised by themselves"),
@@ -159,10 +159,9 @@ NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
 
 NOT_YET_VALUES: dict[str, tuple[tuple[Any, ...], str]] = {
     # key of the schema: (values that work, what to do meanwhile)
-    "pack_impl": (("packed",), "Use packed."),
     "dataset_impl": (("gpt2",), "Use gpt2."),
     "optimizer_type": (("adam", "sgd", "lion"), "Use Adam, SGD or Lion."),
-    "train_epochs": ((None,), "Set train_iters."),
+    "train_epochs": ((None,), "Set train_iters to epochs * samples / train_batch_size."),
 }
 
 SET_BY_PROGRAM: dict[str, str] = {

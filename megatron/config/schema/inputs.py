@@ -50,10 +50,14 @@ class DataSection(Section):
     weight_by_num_documents: Bool = key(False, "Weights from the numbers of documents, in place of the lists.")
     weighted_sampler_alpha: Float = key(1.0, "Exponent of weight_by_num_documents.", gt=0)
     split: str = key("969, 30, 1", "Shares of data_path for training, validation and test.")
-    pack_impl: Literal["packed", "pack_until_overflow", "unpacked"] = key("packed", "How documents fill sequences.")
+    pack_impl: Literal["packed", "pack_until_overflow", "unpacked"] = key(
+        "packed",
+        "How documents fill sequences. packed: joined without gaps, cut anywhere; pack_until_overflow: as many whole "
+        "documents as fit; unpacked: one document each. What the latter two leave free is not learnt.",
+    )
     dataset_impl: Literal["gpt2", "pairwise", "online"] = key("gpt2", "Kind of dataset.")
     allow_chopped: Bool = key(
-        True, "With pack_impl other than packed, cut documents longer than a sequence; false skips them."
+        True, "With pack_impl other than packed, cut documents longer than seq_length + 1; false leaves them out."
     )
     num_workers: Int = key(2, "Processes that read ahead; 0 reads in the training process.", ge=0)
     mmap_warmup: Bool = key(False, "Read the whole files once before training.")

@@ -53,11 +53,21 @@ class ScheduleSection(Section):
     warmup: Float = key(0.01, "Part of lr_decay_iters over which the rate rises from 0.", ge=0, le=1)
 
 
+def decay_steps(train_iters: int, fraction: float | None) -> int:
+    """What lr_decay_iters is where it is not set: a part of the run, by default all of it. Units: steps."""
+    return train_iters if fraction is None else max(1, int(train_iters * fraction))
+
+
 class TrainingSection(Section):
     """The run."""
 
     train_iters: Int | None = key(None, "Optimizer steps. Required for training.", unit="steps", ge=0)
-    train_epochs: Int | None = key(None, "Passes over the training data, in place of train_iters.", gt=0)
+    train_epochs: Int | None = key(
+        None,
+        "Passes over the training data, in place of train_iters: as many steps as they hold whole batches. Several "
+        "prefixes are each passed over equally often, so weights do not go with it.",
+        gt=0,
+    )
     eval_interval: Int = key(1000, "Validate every so many steps.", unit="steps", gt=0)
     eval_iters: Int = key(100, "Batches of train_batch_size sequences per validation and per test.", ge=0)
     exit_interval: Int | None = key(None, "Save and stop at the next multiple of this.", unit="steps", gt=0)

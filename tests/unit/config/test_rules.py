@@ -8,6 +8,7 @@ import pytest
 
 from megatron.common.errors import ConfigError
 from megatron.config import Config
+from megatron.config.upstream_keys import NOT_YET_VALUES
 
 LISTS = {f"{part}_data_paths": ["a", "b"] for part in ("train", "valid", "test")}
 ADAM = {"type": "Adam", "params": {"lr": 1e-3}}
@@ -58,7 +59,7 @@ ADAM = {"type": "Adam", "params": {"lr": 1e-3}}
         (1, {"pipe_partition_method": "layers"}, "is not parameters, uniform or type:"),
         (1, {"deepspeed": False}, "training always runs over DeepSpeed"),
         (1, {"num_layers": None}, "num_layers is missing"),
-        (1, {"pack_impl": "unpacked"}, "pack_impl = unpacked is not supported yet. Use packed."),
+        (1, {"dataset_impl": "pairwise"}, "dataset_impl = pairwise is not supported yet. Use gpt2."),
         (1, {"optimizer": {"type": "sm3", "params": {"lr": 1}}}, "optimizer.type = sm3 is not supported yet."),
         (1, {"deepspeed_extra_args": {"fp16": {}}, "fp16": {"enabled": True}}, "deepspeed_extra_args.fp16"),
     ],
@@ -87,6 +88,8 @@ def test_refused(refused: Callable[..., str], devices: int, changes: dict[str, o
         (1, {"save": "x", "extra_save_iters": [0]}),
         (1, {"checkpoint_factor": 1.5, "checkpoint_scale": "log"}),
         (1, {"split": "98/1/1"}),
+        (1, {"pack_impl": "unpacked", "allow_chopped": False}),
+        (1, {"pack_impl": "pack_until_overflow"}),
         (1, {"pipe_partition_method": "Uniform"}),
         (1, {"pipe_partition_method": "type:transformer|mlp"}),
         (1, {**LISTS, "train_data_weights": [0.0, 2.0]}),
@@ -95,6 +98,49 @@ def test_refused(refused: Callable[..., str], devices: int, changes: dict[str, o
 )
 def test_accepted(tiny: Callable[..., Config], devices: int, changes: dict[str, object]) -> None:
     assert tiny(devices, **changes).parallel.world_size == devices
+
+
+def test_whole_documents_cannot_be_asked_of_packed_samples(tiny: Callable[..., Config]) -> None:
+    assert "no effect with pack_impl: packed" in tiny(allow_chopped=False).warnings[0]
+    assert not tiny(allow_chopped=False, pack_impl="unpacked").warnings
+
+
+@pytest.fixture
+def _epochs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(NOT_YET_VALUES, "train_epochs")
+
+
+@pytest.mark.usefixtures("_epochs")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_iters": 5}, "train_epochs and train_iters (command line (train_iters)) are both set"),
+        (
+            {**LISTS, "train_data_weights": [1.0, 2.0]},
+            "and train_data_weights (command line (train_data_weights)) asks",
+        ),
+        ({**LISTS, "weight_by_num_documents": True}, "weight_by_num_documents"),
+    ],
+)
+def test_epochs_go_without_steps_and_weights(
+    refused: Callable[..., str], changes: dict[str, object], message: str
+) -> None:
+    found = refused(train_epochs=2, **changes)
+    assert message in found
+    assert len(found.split("\n")) == 1
+
+
+@pytest.mark.usefixtures("_epochs")
+def test_epochs_become_steps_once_the_data_is_known(tiny: Callable[..., Config]) -> None:
+    config = tiny(train_epochs=2, optimizer=ADAM, data_path="d", lr_decay_fraction=0.5)
+    config.require_training()
+    assert (config.training.train_iters, config.schedule.lr_decay_iters) == (None, None)
+    known = config.with_train_iters(9)
+    assert (known.training.train_iters, known.schedule.lr_decay_iters) == (9, 4)
+    assert known.origin("train_iters") == "derived from train_epochs = 2"
+    assert tiny(train_epochs=2, lr_decay_iters=30).with_train_iters(9).schedule.lr_decay_iters == 30
+    with pytest.raises(ConfigError, match="train_epochs = 2 over the training data does not fill one batch"):
+        config.with_train_iters(0)
 
 
 def test_training_needs_steps_optimizer_and_data(tiny: Callable[..., Config]) -> None:
