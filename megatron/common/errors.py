@@ -55,6 +55,12 @@ class WatchdogError(MegatronError):
     exit_code = 7
 
 
+class ReplicaError(MegatronError):
+    """Ranks hold different copies of what must be one tensor (check_replicas)."""
+
+    exit_code = 8
+
+
 def run_main(main: Callable[[], int | None]) -> None:
     """Run a command's `main` and exit with its code; a `MegatronError` becomes one message on stderr.
 

@@ -6,12 +6,14 @@ the weights and on the data alone, so that a run continued from a checkpoint is 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from dataclasses import dataclass, field
 
 from megatron.common.errors import NonFiniteLossError
 from megatron.data.loader import BatchLoader
+from megatron.engine.replicas import ReplicaCheck
 from megatron.engine.train_engine import StepResult, TrainEngine
 from megatron.optim.schedule import LearningRateSchedule
 from megatron.training.plan import RunPlan
@@ -35,6 +37,7 @@ class Run:
     reporter: Reporter
     saving: SaveOptions
     position: Position = field(default_factory=Position)
+    replicas: ReplicaCheck | None = None
     skipped_in_a_row: int = 0
     skipped: int = 0
 
@@ -83,7 +86,8 @@ def _train_one(run: Run) -> None:
     started, started_cpu = time.perf_counter(), time.process_time()
     learning_rate = run.schedule.lr_at(run.position.step)
     batches = run.train.step_batches(run.position.consumed_samples)
-    result = run.engine.train_step(batches, learning_rate)
+    with run.replicas.around(run.position.step + 1) if run.replicas is not None else contextlib.nullcontext():
+        result = run.engine.train_step(batches, learning_rate)
     _check_finite(run, result, [sample for batch in batches for sample in batch.sample_ids])
     run.position.step += 1
     run.position.consumed_samples += run.plan.global_batch_size

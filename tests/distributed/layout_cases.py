@@ -28,6 +28,12 @@ SEQ_LENGTH = 12
 # A key's bias on unrotated dims has no effect on the softmax, so its gradient is zero but for rounding. Adam divides
 # by the size of the gradient and would blow that noise up to full steps; a larger eps keeps it noise.
 EPS = 1e-5
+LEARNING_RATE, WEIGHT_DECAY, BETAS, SEED = 3e-3, 0.1, (0.9, 0.95), 3
+
+
+def learning_rate(step: int) -> float:
+    """A falling schedule, so that a step more or less would show."""
+    return LEARNING_RATE * (1 - step / 40)
 
 
 def tiny_spec(**changes: Any) -> ModelSpec:
@@ -67,6 +73,9 @@ class Case:
     normalization: str = "micro_batch"
     recompute: bool = False
     is_masked: bool = False
+    seq_length: int = SEQ_LENGTH
+    partition_method: str = "uniform"
+    eps: float = EPS
     spec: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -74,16 +83,23 @@ class Case:
         """Ranks that the case needs."""
         return self.tp * self.pp * self.dp
 
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of a step on one rank."""
+        return self.global_batch // (self.micro_batch * self.dp)
+
 
 def global_batch(step: int, case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """tokens, labels, loss mask of a whole step, [global batch, S]."""
     generator = torch.Generator().manual_seed(1000 + step)
-    text = torch.randint(0, tiny_spec(**case.spec).vocab_size, (case.global_batch, SEQ_LENGTH + 1), generator=generator)
-    mask = torch.ones(case.global_batch, SEQ_LENGTH)
+    vocab_size = tiny_spec(**case.spec).vocab_size
+    text = torch.randint(0, vocab_size, (case.global_batch, case.seq_length + 1), generator=generator)
+    mask = torch.ones(case.global_batch, case.seq_length)
     if case.is_masked:
         mask = (torch.rand(mask.shape, generator=generator) < 0.5).float()
-        mask[0] = 0.0
-        mask[1] = 0.0
+        if case.global_batch > case.micro_batch:
+            # The first micro-batch of the step has no unmasked token at all.
+            mask[: case.micro_batch] = 0.0
     return text[:, :-1].contiguous(), text[:, 1:].contiguous(), mask
 
 
@@ -91,7 +107,7 @@ def rank_batches(step: int, case: Case, dp_rank: int) -> list[Batch]:
     """This rank's micro-batches, cut as megatron.data.loader cuts them."""
     tokens, labels, mask = global_batch(step, case)
     rows, batches = case.micro_batch, []
-    for micro in range(case.global_batch // (rows * case.dp)):
+    for micro in range(case.accumulation):
         first = (micro * case.dp + dp_rank) * rows
         part = slice(first, first + rows)
         batches.append(Batch(tokens[part], labels[part], mask[part], list(range(first, first + rows))))
@@ -104,22 +120,22 @@ def make_engine(case: Case) -> TrainEngine:
     groups = ProcessGroups.build(Topology(case.pp, case.dp, case.tp), sequence_parallel=case.sequence_parallel)
     options = EngineOptions(
         micro_batch_size=case.micro_batch,
-        num_micro_batches=case.global_batch // (case.micro_batch * case.dp),
+        num_micro_batches=case.accumulation,
         precision=case.precision,  # type: ignore[arg-type]
         fp16={"initial_scale_power": 8} if case.precision == "fp16" else {},
         gradient_clipping=case.clipping,
         zero_stage=case.zero_stage,
         loss_normalization=case.normalization,  # type: ignore[arg-type]
-        partition_method="uniform",
+        partition_method=case.partition_method,
     )
     return TrainEngine(
         tiny_spec(**case.spec),
         groups,
         options,
         lambda named: build_optimizer(
-            parameter_groups(named, weight_decay=0.1), "adam", lr=3e-3, betas=(0.9, 0.95), eps=EPS
+            parameter_groups(named, weight_decay=WEIGHT_DECAY), "adam", lr=LEARNING_RATE, betas=BETAS, eps=case.eps
         ),
-        seed=3,
+        seed=SEED,
         device=device,
         recompute=case.recompute,
     )
@@ -152,7 +168,7 @@ def train_case(case: Case) -> dict[str, Any]:
     engine = make_engine(case)
     losses, norms = [], []
     for step in range(case.steps):
-        result = engine.train_step(rank_batches(step, case, engine.groups.dp_rank), 3e-3 * (1 - step / 40))
+        result = engine.train_step(rank_batches(step, case, engine.groups.dp_rank), learning_rate(step))
         losses.append(result.loss)
         norms.append(result.grad_norm)
     valid = engine.evaluate(rank_batches(10_000, case, engine.groups.dp_rank))

@@ -1,0 +1,67 @@
+"""One process, fp64, plain PyTorch: what every layout is compared with.
+
+It shares the layers of `megatron.model` and nothing else: no DeepSpeed, no engine, no fused or chunked loss, no
+vocabulary padding in the softmax, torch's own AdamW and clipping. Its own rounding error is near 1e-15, so every
+difference seen is the layout's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from megatron.model.build import Transformer, build_model
+from megatron.optim.parameter_groups import parameter_groups
+from tests.distributed.layout_cases import (
+    BETAS,
+    LEARNING_RATE,
+    SEED,
+    WEIGHT_DECAY,
+    Case,
+    global_batch,
+    learning_rate,
+    tiny_spec,
+)
+
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
+
+
+def oracle_run(case: Case) -> dict[str, Any]:
+    """Losses, gradient norms, a validation loss, and per kind every logical tensor after the last step, in fp64."""
+    model = build_model(tiny_spec(**case.spec), seed=SEED).double()
+    named = list(model.named_parameters())
+    optimizer = torch.optim.AdamW(
+        parameter_groups(named, WEIGHT_DECAY), lr=LEARNING_RATE, betas=BETAS, eps=case.eps, foreach=False
+    )
+    losses, norms = [], []
+    for step in range(case.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step)
+        loss = mean_loss(model, case, step)
+        loss.backward()
+        limit = case.clipping or float("inf")
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit)))
+        losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    with torch.no_grad():
+        valid = float(mean_loss(model, case, 10_000))
+    tensors: dict[str, dict[str, torch.Tensor]] = {"weight": {name: p.detach() for name, p in named}}
+    for kind in KINDS[1:]:
+        tensors[kind] = {name: optimizer.state[p][kind] for name, p in named}
+    return {"losses": losses, "norms": norms, "valid": valid, **tensors}
+
+
+def mean_loss(model: Transformer, case: Case, step: int) -> torch.Tensor:
+    """The loss of a whole step by the definition: a mean over micro-batches of means, or one mean over all tokens."""
+    tokens, labels, mask = global_batch(step, case)
+    logits = F.linear(model(tokens), model.output_weight)[..., : model.spec.vocab_size]
+    per_token = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none") * mask
+    if case.normalization == "tokens":
+        return per_token.sum() / mask.sum()
+    sums = per_token.view(-1, case.micro_batch * case.seq_length).sum(1)
+    counts = mask.double().view(-1, case.micro_batch * case.seq_length).sum(1)
+    return (sums / counts.clamp(min=1.0)).mean()
