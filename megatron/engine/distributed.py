@@ -11,6 +11,7 @@ import datetime
 import logging
 import os
 import socket
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -22,8 +23,12 @@ import deepspeed.ops
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 
 from megatron.common.errors import LaunchError
+from megatron.ops.allocator import keep_freed_memory
 
 _QUIET = logging.WARNING
+
+# torch 2.13 renames collectives; DeepSpeed and torch 2.11 know the old names only.
+warnings.filterwarnings("ignore", r".*torch\.distributed\.\w+` is deprecated", FutureWarning)
 
 
 def local_device(kind: str = "auto") -> torch.device:
@@ -50,6 +55,7 @@ def start_distributed(kind: str = "auto", timeout_s: float = 1800.0) -> torch.de
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
+        keep_freed_memory()
         # DeepSpeed asks for hardware fp16; torch computes it on any CPU, only slowly.
         deepspeed.get_accelerator().is_fp16_supported = lambda: True
     logging.getLogger("DeepSpeed").setLevel(_QUIET)

@@ -15,7 +15,7 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import nn
 
 from megatron.model.build import HEAD, WORD_EMBEDDING, NamedLayer, Transformer, layer_list
-from megatron.model.layers import whole_sequences
+from megatron.model.layers import TransformerBlock, whole_sequences
 from megatron.model.spec import ModelSpec
 from megatron.objectives.language_model import language_model_loss
 from megatron.parallel.process_groups import ProcessGroups
@@ -153,3 +153,19 @@ def stage_fillers(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     if not isinstance(module, StagedModule):
         return []
     return [(public, module.get_parameter(name)) for name, public in _FILLERS.items()]
+
+
+def external_parameters(module: nn.Module) -> list[tuple[nn.Module, nn.Parameter]]:
+    """Parameters that a module reads although a child owns them: ZeRO 3 must gather them for the module's forward pass.
+
+    The head's weight goes into the loss, and a block sums its two output layers before it adds their biases.
+    """
+    found = []
+    if isinstance(module, LossModule):
+        name = WORD_EMBEDDING if module.model.spec.tied_head else HEAD
+        found.append((module, module.model.get_parameter(f"{name}.weight")))
+    for owner in module.modules():
+        if isinstance(owner, TransformerBlock):
+            outputs = (owner.attention.dense, owner.mlp.linear2)
+            found += [(owner, parameter) for layer in outputs for parameter in layer.parameters()]
+    return found

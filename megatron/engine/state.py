@@ -1,14 +1,15 @@
 """The model's fp32 master weights and optimizer state as named pieces of logical tensors, out of and into DeepSpeed.
 
-Reads DeepSpeed's ZeRO-1/2 bookkeeping (`_hp_mapping`: which part of a parameter lies where in the flat fp32 partition
-of this rank). Not here: files (megatron.checkpoint). Invariant: the pieces of all ranks cover every logical tensor
-exactly once per kind.
+Reads DeepSpeed's bookkeeping of which part of a parameter this rank's flat fp32 partition holds: `_hp_mapping` for
+ZeRO 1 and 2, `grad_position` for ZeRO 3. Not here: files (megatron.checkpoint).
+Invariant: the pieces of all ranks cover every logical tensor exactly once per kind.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -37,6 +38,45 @@ class TensorSource(Protocol):
     ) -> torch.Tensor: ...
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where this rank keeps its part of a parameter.
+
+    The elements [start, start + numel) of the flattened tensor-parallel shard lie in `flat` from `begin` on.
+    """
+
+    flat: torch.Tensor
+    begin: int
+    start: int
+    numel: int
+
+    @property
+    def stop(self) -> int:
+        """One past the last element of the shard that is held here."""
+        return self.start + self.numel
+
+    def of(self, flat: torch.Tensor) -> torch.Tensor:
+        """The part of a tensor that is laid out as `flat` is: the masters themselves, or an optimizer state."""
+        return flat.narrow(0, self.begin, self.numel)
+
+
+def place(engine: TrainEngine, parameter: torch.nn.Parameter) -> Place | None:
+    """Where this rank keeps its part of a parameter, or None if other data-parallel ranks hold all of it."""
+    if engine.is_fully_sharded:
+        group, begin, _ = engine.deepspeed.optimizer.grad_position[parameter.ds_id]  # type: ignore[attr-defined]
+        width = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+        start = engine.groups.dp_rank * width
+        numel = max(0, min(width, parameter.ds_numel - start))  # type: ignore[attr-defined]
+        flat = engine.deepspeed.optimizer.fp32_partitioned_groups_flat[group]
+        return Place(flat, begin, start, numel) if numel else None
+    mapping = getattr(parameter, "_hp_mapping", None)
+    if mapping is None:
+        return None
+    (flat,) = _inner_optimizer(engine).param_groups[mapping.param_group_index]["params"]
+    held, lies = mapping.lp_fragment_address, mapping.hp_fragment_address
+    return Place(flat, lies.start, held.start, held.numel)
+
+
 def export_pieces(engine: TrainEngine) -> Iterator[Piece]:
     """This rank's fragments: master weights, and every per-element optimizer state that exists.
 
@@ -45,23 +85,20 @@ def export_pieces(engine: TrainEngine) -> Iterator[Piece]:
     groups = engine.groups
     last_stage_of_many = engine.is_staged and groups.at.pp_rank > 0
     for name, parameter in engine.named_parameters:
-        mapping = getattr(parameter, "_hp_mapping", None)
-        if mapping is None:
+        at = place(engine, parameter)
+        if at is None:
             continue
-        start = mapping.lp_fragment_address.start
-        stop = start + mapping.lp_fragment_address.numel
         is_tied_copy = last_stage_of_many and engine.spec.tied_head and name.startswith("embedding.word_embeddings")
-        fragments = {WEIGHT: mapping.hp_fragment, **_optimizer_fragments(engine, mapping)}
-        for kind, tensor in fragments.items():
+        for kind, flat in {WEIGHT: at.flat, **_states_like(engine, at.flat)}.items():
             yield Piece(
                 name,
                 kind,
                 get_shard_spec(parameter),
                 groups.tp_rank,
                 groups.tp_size,
-                start,
-                stop,
-                tensor.detach(),
+                at.start,
+                at.stop,
+                at.of(flat).detach(),
                 replica=is_tied_copy,
             )
 
@@ -80,11 +117,15 @@ def import_weights(engine: TrainEngine, source: TensorSource) -> None:
     groups = engine.groups
     for name, parameter in engine.named_parameters:
         shard = source.read_shard(name, WEIGHT, groups.tp_rank, groups.tp_size, rows=_rows(parameter))
-        parameter.copy_(shard.view(parameter.shape))
-        mapping = getattr(parameter, "_hp_mapping", None)
-        if mapping is not None:
-            address = mapping.lp_fragment_address
-            mapping.hp_fragment.copy_(shard.flatten()[address.start : address.start + address.numel])
+        if parameter.numel() == shard.numel():
+            parameter.copy_(shard.view(parameter.shape))
+        at = place(engine, parameter)
+        if at is None:
+            continue
+        part = shard.flatten()[at.start : at.stop]
+        at.of(at.flat).copy_(part)
+        if engine.is_fully_sharded:
+            parameter.ds_tensor.narrow(0, 0, at.numel).copy_(part)  # type: ignore[attr-defined]
 
 
 @torch.no_grad()
@@ -93,26 +134,25 @@ def import_optimizer(engine: TrainEngine, source: TensorSource, steps: int) -> N
     groups, optimizer = engine.groups, _inner_optimizer(engine)
     if steps == 0:
         return
-    for group in optimizer.param_groups:
-        for flat in group["params"]:
-            optimizer.state[flat]["step"] = torch.tensor(float(steps), dtype=torch.float32, device=flat.device)
     for name, parameter in engine.named_parameters:
-        mapping = getattr(parameter, "_hp_mapping", None)
-        if mapping is None:
+        at = place(engine, parameter)
+        if at is None:
             continue
-        flat = _flat_partition(engine, mapping)
-        begin, numel = mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
-        start = mapping.lp_fragment_address.start
+        state = optimizer.state[at.flat]
         for kind in source.kinds(name):
             if kind == WEIGHT:
                 continue
-            state = optimizer.state[flat]
             if kind not in state:
-                state[kind] = torch.zeros_like(flat)
-            fragment = source.read_shard(
-                name, kind, groups.tp_rank, groups.tp_size, start, start + numel, rows=_rows(parameter)
+                state[kind] = torch.zeros_like(at.flat)
+            part = source.read_shard(
+                name, kind, groups.tp_rank, groups.tp_size, at.start, at.stop, rows=_rows(parameter)
             )
-            state[kind].narrow(0, begin, numel).copy_(fragment.flatten())
+            at.of(state[kind]).copy_(part.flatten())
+    for flat in _flat_partitions(engine):
+        optimizer.state[flat]["step"] = torch.tensor(float(steps), dtype=torch.float32, device=flat.device)
+        # A partition of padding alone (a stage filler) has no piece in any checkpoint.
+        for kind in _kinds(engine):
+            optimizer.state[flat].setdefault(kind, torch.zeros_like(flat))
 
 
 def _rows(parameter: torch.nn.Parameter) -> int:
@@ -124,16 +164,24 @@ def _inner_optimizer(engine: TrainEngine) -> torch.optim.Optimizer:
     return engine.deepspeed.optimizer.optimizer
 
 
-def _flat_partition(engine: TrainEngine, mapping: Any) -> torch.Tensor:
-    (flat,) = _inner_optimizer(engine).param_groups[mapping.param_group_index]["params"]
-    return flat
+def _flat_partitions(engine: TrainEngine) -> list[torch.Tensor]:
+    if engine.is_fully_sharded:
+        return list(engine.deepspeed.optimizer.fp32_partitioned_groups_flat)
+    return [flat for group in _inner_optimizer(engine).param_groups for flat in group["params"]]
 
 
-def _optimizer_fragments(engine: TrainEngine, mapping: Any) -> dict[str, torch.Tensor]:
-    flat = _flat_partition(engine, mapping)
-    begin, numel = mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
+def _kinds(engine: TrainEngine) -> set[str]:
     return {
-        kind: value.narrow(0, begin, numel)
+        kind
+        for flat, state in _inner_optimizer(engine).state.items()
+        for kind, value in state.items()
+        if torch.is_tensor(value) and value.shape == flat.shape
+    }
+
+
+def _states_like(engine: TrainEngine, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {
+        kind: value
         for kind, value in _inner_optimizer(engine).state.get(flat, {}).items()
         if torch.is_tensor(value) and value.shape == flat.shape
     }

@@ -17,7 +17,14 @@ import torch.distributed as dist
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 
 from megatron.data.loader import Batch
-from megatron.engine.modules import LossModule, StagedModule, deepspeed_topology, public_names, stage_fillers
+from megatron.engine.modules import (
+    LossModule,
+    StagedModule,
+    deepspeed_topology,
+    external_parameters,
+    public_names,
+    stage_fillers,
+)
 from megatron.engine.options import EngineOptions, LossNormalization, deepspeed_config
 from megatron.model.build import Transformer
 from megatron.model.init import initialize_parameters
@@ -81,6 +88,7 @@ class TrainEngine:
     ) -> None:
         self.spec, self.groups, self.options, self.device = spec, groups, options, device
         self.is_staged = groups.topology.pp_size > 1
+        self.is_fully_sharded = options.zero_stage == 3
         self.stream = seed_streams(seed, groups, device)
         with torch.device(device):
             self.module: LossModule | StagedModule = (
@@ -91,6 +99,9 @@ class TrainEngine:
         self.named_parameters = public_names(self.module)
         initialize_parameters(self.named_parameters, spec, groups, seed)
         num_parameters = sum(parameter.numel() for _, parameter in self.named_parameters)
+        if self.is_fully_sharded:
+            for owner, parameter in external_parameters(self.module):
+                deepspeed.zero.register_external_parameter(owner, parameter)
         mpu = None
         if not self.is_staged and groups.tp_size > 1:
             mpu = PipelineParallelGrid(topology=deepspeed_topology(groups.topology))

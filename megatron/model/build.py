@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from megatron.model.init import initialize_parameters
@@ -24,6 +23,7 @@ from megatron.model.layers import (
     whole_sequences,
 )
 from megatron.model.spec import ModelSpec
+from megatron.ops.matmul import linear
 from megatron.ops.rotary import RotaryTable
 from megatron.parallel.collectives import gather_last_dim
 from megatron.parallel.process_groups import ProcessGroups
@@ -115,7 +115,7 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits over the real vocabulary, whole on every rank, to infer. Shapes: [..., H] -> [..., vocab_size]."""
-        local = F.linear(hidden, self.output_weight)
+        local = linear(hidden, self.output_weight)
         return gather_last_dim(local, self.groups.tp)[..., : self.spec.vocab_size]
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from megatron.ops.matmul import linear
 from megatron.parallel.collectives import leave_region, shared_parameter, summed_gradient
 from megatron.parallel.process_groups import ProcessGroups
 from megatron.parallel.sharding import ShardSpec, set_shard_spec
@@ -35,7 +36,7 @@ class ColumnParallelLinear(nn.Module):
         self.bias = sharded_parameter((out_features,), 0, groups.tp_size) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
 
 class SharedColumnLinear(nn.Module):
@@ -58,7 +59,7 @@ class SharedColumnLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         bias = None if self.bias is None else summed_gradient(self.bias, self.groups)[self.rows]
-        return F.linear(x, summed_gradient(self.weight, self.groups)[self.rows], bias)
+        return linear(x, summed_gradient(self.weight, self.groups)[self.rows], bias)
 
 
 class RowParallelLinear(nn.Module):
@@ -77,12 +78,12 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.groups.tp is None:
-            return F.linear(x, self.weight, self.bias)
+            return linear(x, self.weight, self.bias)
         return self.add_bias(leave_region(self.partial(x), self.groups))
 
     def partial(self, x: torch.Tensor) -> torch.Tensor:
         """This rank's summand, without bias, for a caller that sums several layers in one reduction."""
-        return F.linear(x, self.weight)
+        return linear(x, self.weight)
 
     def add_bias(self, x: torch.Tensor) -> torch.Tensor:
         """The bias on top of a finished sum."""

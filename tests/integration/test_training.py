@@ -20,6 +20,8 @@ LAYOUTS = {
     "one": (1, {}),
     "dp2": (2, {}),
     "tp2-pp2": (4, {"model_parallel_size": 2, "pipe_parallel_size": 2}),
+    "dp2-zero3": (2, {"zero_optimization": {"stage": 3}}),
+    "tp2-sp": (2, {"model_parallel_size": 2, "sequence_parallel": True, "seq_length": 10, "precision": "bfloat16"}),
     "dp2-dropout": (2, {"hidden_dropout": 0.1, "attention_dropout": 0.1}),
 }
 
@@ -45,15 +47,17 @@ def test_killed_at_any_step_and_started_again_is_the_same_run(ranks: Ranks, tmp_
         assert _equal(checkpoint_tensors(tmp_path / f"killed{kill_after}"), expected)
 
 
-def test_goes_on_at_another_layout_with_the_same_samples(ranks: Ranks, tmp_path: Path) -> None:
+def test_goes_on_at_other_layouts_with_the_same_samples(ranks: Ranks, tmp_path: Path) -> None:
+    """One process, then tensor and pipeline parallel, then ZeRO 3 on two replicas: one run."""
     whole = ranks(train_run, 1, str(write_config(tmp_path, "whole")))[0]
-    first = write_config(tmp_path, "moved", exit_interval=4)
-    ranks(train_run, 1, str(first))
-    second = write_config(tmp_path, "moved", model_parallel_size=2, pipe_parallel_size=2)
-    moved = ranks(train_run, 4, str(second))[0]
-    assert moved["start"] == 4
-    assert moved["samples"] == whole["samples"][4:]
-    assert moved["losses"] == pytest.approx(whole["losses"][4:], rel=1e-5)
+    ranks(train_run, 1, str(write_config(tmp_path, "moved", exit_interval=2)))
+    across = {"model_parallel_size": 2, "pipe_parallel_size": 2}
+    middle = ranks(train_run, 4, str(write_config(tmp_path, "moved", exit_interval=4, **across)))[0]
+    last = ranks(train_run, 2, str(write_config(tmp_path, "moved", zero_optimization={"stage": 3})))
+    assert (middle["start"], last[0]["start"]) == (2, 4)
+    assert middle["losses"] + last[0]["losses"] == pytest.approx(whole["losses"][2:], rel=1e-5)
+    assert middle["samples"] == whole["samples"][2:4]
+    assert [sorted(a + b) for a, b in zip(*(result["samples"] for result in last), strict=True)] == whole["samples"][4:]
 
 
 def test_log_and_checkpoints_of_a_run(ranks: Ranks, tmp_path: Path) -> None:
