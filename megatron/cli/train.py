@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron.engine.distributed import stop_distributed
+from megatron.evaluation.setup import training_scorer
 from megatron.launch.worker import worker_config
 from megatron.training.loop import train
 from megatron.training.setup import build_run
@@ -10,8 +11,10 @@ from megatron.training.setup import build_run
 
 def main(argv: list[str] | None = None) -> int:
     """Train as the configuration says. Raises: MegatronError for what the user can mend."""
-    run = build_run(worker_config(argv))
+    config = worker_config(argv)
+    run = build_run(config)
     try:
+        run.score = training_scorer(config, run.engine)
         train(run)
     finally:
         run.close()

@@ -5,12 +5,15 @@ Invariant: no model is loaded before the tasks are known to be there, and no opt
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint import Reader, find
 from megatron.common.errors import ConfigError
 from megatron.config import Config
+from megatron.engine.modules import LossModule
+from megatron.engine.train_engine import TrainEngine
 from megatron.evaluation import results as views
 from megatron.evaluation.run import evaluate_tasks, load_tasks
 from megatron.inference.session import join_ranks, leave_ranks, load_trained
@@ -54,6 +57,33 @@ def evaluate_from_config(config: Config) -> int:
     finally:
         leave_ranks()
     return 0
+
+
+def training_scorer(config: Config, engine: TrainEngine) -> Callable[[], dict[str, float]] | None:
+    """What scores the model under training on `eval_tasks` at each validation, or None without the key. Collective.
+
+    The scores are upstream's: `<task>_<metric>`; empty on all ranks but the first.
+    Raises: as `load_tasks`, so that a wrong task name ends the run before its first step.
+    """
+    names = config.evaluation.eval_tasks
+    if not names:
+        return None
+    assert isinstance(engine.module, LossModule), "the configuration's rules let no stages through"
+    model, tokenizer = engine.module.model, build_tokenizer(config.tokenizer)
+    tasks = load_tasks(names, engine.groups, engine.device)
+
+    def score() -> dict[str, float]:
+        results = evaluate_tasks(
+            model,
+            tokenizer,
+            tasks,
+            batch_size=config.batch.train_micro_batch_size_per_gpu,
+            max_length=config.model.seq_length,
+            is_quiet=True,
+        )
+        return {} if results is None else views.metrics(results)
+
+    return score
 
 
 def _publish(config: Config, results: dict[str, Any], step: int) -> None:

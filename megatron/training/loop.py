@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from megatron.common.errors import NonFiniteLossError
@@ -26,7 +27,7 @@ MAX_SKIPPED_IN_A_ROW = 50
 
 @dataclass
 class Run:
-    """All parts of a training run on this rank."""
+    """All parts of a training run on this rank. score: gives the scores of eval_tasks at each validation."""
 
     engine: TrainEngine
     plan: RunPlan
@@ -38,6 +39,7 @@ class Run:
     saving: SaveOptions
     position: Position = field(default_factory=Position)
     replicas: ReplicaCheck | None = None
+    score: Callable[[], dict[str, float]] | None = None
     skipped_in_a_row: int = 0
     skipped: int = 0
 
@@ -131,6 +133,8 @@ def _brief(sample_ids: list[int]) -> str:
 def _validate(run: Run) -> None:
     if run.valid is not None:
         run.reporter.evaluated("validation", run.position.step, evaluate(run, run.valid))
+    if run.score is not None:
+        run.reporter.scored(run.position.step, run.score())
 
 
 def _save(run: Run) -> None:

@@ -101,6 +101,14 @@ class Reporter:
         if self.progress is not None:
             self.progress.validation(step, loss, name)
 
+    def scored(self, step: int, scores: dict[str, float]) -> None:
+        """Record the scores of evaluation tasks, by `<task>_<metric>`."""
+        if not self.is_main:
+            return
+        metrics = {f"validation/{name}": value for name, value in scores.items()}
+        self.recorder.record(step, metrics, step * self.plan.tokens_per_step)
+        self.message(f"tasks at iteration {step} | " + " | ".join(f"{k}: {v:.4f}" for k, v in scores.items()))
+
     def close(self) -> None:
         """Leave the display as it stands and let go of the sinks."""
         if self.progress is not None:
