@@ -272,6 +272,26 @@ def derive_schedule(draft: Draft) -> None:
         draft.derive("lr_decay_iters", decay_steps(iters, fraction), source)
 
 
+def derive_recomputation(draft: Draft) -> None:
+    """One answer out of checkpoint_activations and recompute_activations; a contradiction names both keys."""
+    asked, mode = draft["checkpoint_activations"], draft["recompute_activations"]
+    if mode is None:
+        mode = "full" if asked else "none"
+        draft.derive("recompute_activations", mode, "checkpoint_activations")
+    elif draft.is_given("checkpoint_activations") and asked != (mode != "none"):
+        draft.fail(
+            "recompute_activations",
+            f"recompute_activations = {mode} contradicts checkpoint_activations = {str(asked).lower()} "
+            f"({draft.place('checkpoint_activations')}). Remove one of the two.",
+        )
+    draft.derive("checkpoint_activations", mode != "none", "recompute_activations")
+    if draft["checkpoint_num_layers"] > 1 and mode != "full" and not draft.inference:
+        draft.warn(
+            "checkpoint_num_layers",
+            f"checkpoint_num_layers = {draft['checkpoint_num_layers']} has no effect, as recompute_activations is {mode}",
+        )
+
+
 def derive_generation(draft: Draft) -> None:
     """Where prompts come from."""
     if draft["text_gen_type"] is None:
@@ -290,5 +310,6 @@ DERIVATIONS = (
     (derive_vocabulary, ("vocab_size", "padded_vocab_size")),
     (derive_optimizer, ("optimizer_type", "lr", "betas", "eps", "momentum")),
     (derive_schedule, ("lr_decay_iters",)),
+    (derive_recomputation, ("recompute_activations",)),
     (derive_generation, ("text_gen_type",)),
 )

@@ -30,7 +30,8 @@ INFERENCE: dict[str, Any] = {
     "train_batch_size": None,
     "gradient_accumulation_steps": None,
     "zero_optimization": None,
-    "checkpoint_activations": False,
+    "checkpoint_activations": None,
+    "recompute_activations": "none",
     "no_load_optim": True,
 }
 

@@ -29,7 +29,6 @@ NO_EFFECT: dict[str, tuple[Any, str]] = {
     "attention_softmax_in_fp32": (False, "attention always computes its softmax in fp32 here"),
     "rotary_save_freqs_buffer": (False, "rotary tables are computed, never stored in checkpoints"),
     "use_cpu_initialization": (False, "weights are the same at every layout and are drawn a shard at a time"),
-    "checkpoint_num_layers": (1, "every block is recomputed on its own; the results are the same"),
     "synchronize_each_layer": (False, "it only serves upstream's checkpointing code"),
     "contiguous_checkpointing": (False, "it only serves upstream's checkpointing code"),
     "deepspeed_activation_checkpointing": (True, "checkpoint_activations alone decides"),

@@ -77,18 +77,21 @@ def _activation_bytes(config: Config, stage: int, word: int) -> int:
     # Whole on every tensor rank: the block's input, what the two norms make of it, a sequential residual's middle.
     whole = hidden * (3 + (0 if model.gpt_j_residual else 1))
     # Divided: q, k, v; rotated q and k; the attention's output; the feed-forward before and after its activation.
-    rotated = width + kv_width if model.pos_emb == "rotary" else 0
-    divided = width + 2 * kv_width + rotated + width + ffn // tp * (3 if model.is_gated else 2)
+    # Of these, selective recomputation makes the first five again.
+    heads_in = width + 2 * kv_width + (width + kv_width if model.pos_emb == "rotary" else 0)
+    divided = heads_in + width + ffn // tp * (3 if model.is_gated else 2)
     if config.parallel.sequence_parallel:
         whole, hidden = whole // tp, hidden // tp
     tokens = batch * sequence
-    block = tokens * (whole + divided) * word
+    kept_input, block, attention = (tokens * size * word for size in (hidden, whole + divided, heads_in))
     layers = -(-model.num_layers // stages)
     # One stage holds as many micro-batches as there are stages from it to the last (1F1B schedule).
     under_way = min(config.batch.gradient_accumulation_steps, stages - stage)
-    if config.training.checkpoint_activations:
-        kept = tokens * hidden * word
-        return under_way * kept * layers + block
+    if config.training.recompute == "full":
+        group = min(config.training.checkpoint_num_layers, layers)
+        return under_way * -(-layers // group) * kept_input + group * block
+    if config.training.recompute == "selective":
+        return under_way * layers * (block - attention) + attention
     return under_way * layers * block
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from megatron.config.schema.base import Block, Bool, Float, Int, Section, key
 
 OptimizerType = Literal["adam", "onebitadam", "cpu_adam", "cpu_torch_adam", "sm3", "madgrad_wd", "sgd", "lion"]
+Recomputation = Literal["none", "selective", "full"]
 
 
 class OptimizerBlock(Block):
@@ -79,3 +80,21 @@ class TrainingSection(Section):
         ours=True,
     )
     checkpoint_activations: Bool = key(False, "Recompute activations in the backward pass to save memory.")
+    checkpoint_num_layers: Int = key(
+        1,
+        "With full recomputation, blocks that are recomputed as one group: only a group's input is kept. More save "
+        "memory until the group's own activations outweigh the inputs saved.",
+        ge=1,
+    )
+    recompute_activations: Recomputation = key(
+        None,
+        "What the backward pass computes again instead of keeping it. none; selective: attention, from its normed "
+        "input to what enters its output projection; full: whole blocks. Unset: full with checkpoint_activations, "
+        "else none.",
+        ours=True,
+    )
+
+    @property
+    def recompute(self) -> Recomputation:
+        """What is recomputed, by whichever key it was asked for: none, selective or full."""
+        return self.recompute_activations

@@ -162,6 +162,39 @@ def test_optimizer_params_become_typed(tiny: Tiny) -> None:
 
 
 @pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "none"),
+        ({"checkpoint_activations": True}, "full"),
+        ({"checkpoint_activations": False}, "none"),
+        ({"recompute_activations": "selective"}, "selective"),
+        ({"recompute_activations": "full"}, "full"),
+        ({"recompute_activations": "none"}, "none"),
+        ({"checkpoint_activations": True, "recompute_activations": "selective"}, "selective"),
+        ({"checkpoint_activations": False, "recompute_activations": "none"}, "none"),
+    ],
+)
+def test_recomputation(tiny: Tiny, changes: dict[str, object], expected: str) -> None:
+    training = tiny(**changes).training
+    assert training.recompute == expected
+    assert training.checkpoint_activations == (expected != "none")
+
+
+@pytest.mark.parametrize(("asked", "mode"), [(True, "none"), (False, "selective"), (False, "full")])
+def test_contradicting_recomputation_names_both_keys(refused: Refused, asked: bool, mode: str) -> None:
+    message = refused(checkpoint_activations=asked, recompute_activations=mode)
+    assert f"recompute_activations = {mode} contradicts checkpoint_activations = {str(asked).lower()} " in message
+    assert "command line (checkpoint_activations)" in message
+
+
+def test_groups_without_full_recomputation_have_no_effect(tiny: Tiny) -> None:
+    assert "no effect" in tiny(checkpoint_num_layers=2).warnings[0]
+    assert "no effect" in tiny(checkpoint_num_layers=2, recompute_activations="selective").warnings[0]
+    assert not tiny(checkpoint_num_layers=2, checkpoint_activations=True).warnings
+    assert not tiny(checkpoint_num_layers=1).warnings
+
+
+@pytest.mark.parametrize(
     ("params", "message"),
     [
         ({"lr": 1e-3, "bets": [0.9, 0.95]}, "optimizer.params.bets is no parameter of adam. Did you mean betas?"),

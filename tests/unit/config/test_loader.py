@@ -151,9 +151,14 @@ def test_missing_files_are_a_data_error_with_all_of_them(write: Write, tmp_path:
 
 def test_inference_takes_one_stage_and_ignores_the_batch() -> None:
     changes = {"pipe_parallel_size": 2, "train_batch_size": 7, "train_micro_batch_size_per_gpu": 7}
-    config = load([], {**TINY, **changes, "checkpoint_activations": True}, devices=3, inference=True)
-    assert (config.parallel.num_stages, config.parallel.data_parallel_size) == (1, 3)
-    assert not config.training.checkpoint_activations
+    for recomputation in (
+        {"checkpoint_activations": True, "checkpoint_num_layers": 2},
+        {"recompute_activations": "full"},
+    ):
+        config = load([], {**TINY, **changes, **recomputation}, devices=3, inference=True)
+        assert (config.parallel.num_stages, config.parallel.data_parallel_size) == (1, 3)
+        assert (config.training.recompute, config.training.checkpoint_activations) == ("none", False)
+        assert not config.warnings
 
 
 def test_inference_finds_a_step_in_save_as_well(write: Write) -> None:

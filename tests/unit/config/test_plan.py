@@ -109,6 +109,26 @@ def test_recomputation_and_division_save_activations() -> None:
     assert memory(train_micro_batch_size_per_gpu=3)["activations"] == 3 * whole
 
 
+def test_recomputed_activations_by_hand() -> None:
+    """4 layers, H 48, F 192, S 32, 4 bytes; whole 4 H, divided 3 H of q, k, v, H of attention and 2 F, no rotation."""
+    words = 32 * 4
+    block = words * (4 * 48 + 3 * 48 + 48 + 2 * 192)
+
+    def activations(**changes: object) -> int:
+        return memory(**changes)["activations"]
+
+    assert activations() == 4 * block
+    assert activations(checkpoint_activations=True) == 4 * words * 48 + block
+    assert activations(checkpoint_activations=True, checkpoint_num_layers=3) == 2 * words * 48 + 3 * block
+    assert activations(checkpoint_activations=True, checkpoint_num_layers=9) == words * 48 + 4 * block
+    assert activations(recompute_activations="selective") == 4 * (block - words * 3 * 48) + words * 3 * 48
+    # On the first of two stages, the fuller one, two micro-batches are under way; one is recomputed at a time.
+    staged = {"devices": 2, "pipe_parallel_size": 2, "gradient_accumulation_steps": 8}
+    staged["train_micro_batch_size_per_gpu"] = 512
+    assert activations(**staged) == 512 * 2 * 2 * block
+    assert activations(**staged, recompute_activations="full") == 512 * (2 * 2 * words * 48 + block)
+
+
 def test_kv_heads_that_ranks_share_cost_each_of_them_one_head() -> None:
     """Of 3 ranks, each works with 2 query heads and 1 kv head, whether there are 3 kv heads or 1."""
     assert (
