@@ -6,10 +6,11 @@
     master, moments  tp, tied stages   replicated ones; the tied embedding  after the step
     gradient         tp, tied stages   replicated ones; the tied embedding  as the optimizer takes it
 
-A gradient is seen when it is averaged over dp, unscaled and clipped. Over dp there are no replicas of masters, moments and reduced gradients to compare: ZeRO keeps every element of them
-on one rank, which alone steps it; what it made of them is seen in the weights. (ZeRO 3 keeps no whole weights either,
-so nothing is compared over dp.) Each tensor is reduced to a 64-bit checksum that can be added up from fragments, so
-nothing is gathered but one small vector per group. Invariant: all ranks raise, or none.
+A gradient is seen when it is averaged over dp, unscaled and clipped. Over dp there are no replicas of masters, moments
+and reduced gradients to compare: ZeRO keeps every element of them on one rank, which alone steps it; what it made of
+them is seen in the weights. (ZeRO 3 keeps no whole weights either, so nothing is compared over dp.) Each tensor is
+reduced to a 64-bit checksum that can be added up from fragments, so nothing is gathered but one small vector per group.
+Invariant: all ranks raise, or none.
 """
 
 from __future__ import annotations

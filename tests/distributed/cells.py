@@ -33,7 +33,7 @@ LAYOUTS = [
 
 FACTORS: dict[str, list[Any]] = {
     "layout": LAYOUTS,
-    "zero": [1, 2],
+    "zero": [1, 2, 3],
     "sp": [False, True],
     "accumulation": [1, 3],
     "micro_batch": [1, 2],
@@ -125,7 +125,7 @@ def _complete(fixed: Cell, generator: random.Random) -> Cell:
             return cell
 
 
-def cell_case(cell: Cell) -> Case:
+def cell_case(cell: Cell, *, steps: int = STEPS, precision: str = "fp32") -> Case:
     """What runs. Odd sizes throughout: 91 words padded to 92, heads of 6, 11 tokens (12 where they are divided)."""
     tp, pp, dp = cell["layout"]
     spec = {
@@ -144,7 +144,8 @@ def cell_case(cell: Cell) -> Case:
         sequence_parallel=cell["sp"],
         global_batch=cell["micro_batch"] * cell["accumulation"] * dp,
         micro_batch=cell["micro_batch"],
-        steps=STEPS,
+        steps=steps,
+        precision=precision,
         normalization=cell["loss"],
         recompute=cell["recompute"],
         is_masked=cell["mask"] == "uneven",
@@ -180,6 +181,14 @@ def quick_cells() -> list[Cell]:
 def full_cells() -> list[Cell]:
     """What `make test-full` runs on top: all triples."""
     return sorted(covering(3), key=_order)
+
+
+def layout_cells() -> list[Cell]:
+    """One of the quick cells for every layout and ZeRO stage, for the longer runs and the half precisions."""
+    chosen: dict[tuple[Any, ...], Cell] = {}
+    for cell in quick_cells():
+        chosen.setdefault((cell["layout"], cell["zero"]), cell)
+    return list(chosen.values())
 
 
 def _order(cell: Cell) -> tuple[Any, ...]:

@@ -16,6 +16,7 @@ from megatron.engine.distributed import start_distributed
 from megatron.engine.options import EngineOptions
 from megatron.engine.state import export_pieces
 from megatron.engine.train_engine import TrainEngine
+from megatron.model.recompute import Recompute
 from megatron.model.spec import ModelSpec
 from megatron.optim.build import build_optimizer
 from megatron.optim.parameter_groups import parameter_groups
@@ -73,9 +74,13 @@ class Case:
     normalization: str = "micro_batch"
     recompute: bool = False
     is_masked: bool = False
+    # Sequences without any unmasked token at the head of a step; unset, the first micro-batch.
+    masked_rows: int | None = None
+    evaluates: bool = False
     seq_length: int = SEQ_LENGTH
     partition_method: str = "uniform"
     eps: float = EPS
+    seed: int = SEED
     spec: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -97,9 +102,9 @@ def global_batch(step: int, case: Case) -> tuple[torch.Tensor, torch.Tensor, tor
     mask = torch.ones(case.global_batch, case.seq_length)
     if case.is_masked:
         mask = (torch.rand(mask.shape, generator=generator) < 0.5).float()
-        if case.global_batch > case.micro_batch:
-            # The first micro-batch of the step has no unmasked token at all.
-            mask[: case.micro_batch] = 0.0
+        rows = case.micro_batch if case.masked_rows is None else case.masked_rows
+        if rows < case.global_batch:
+            mask[:rows] = 0.0
     return text[:, :-1].contiguous(), text[:, 1:].contiguous(), mask
 
 
@@ -135,9 +140,9 @@ def make_engine(case: Case) -> TrainEngine:
         lambda named: build_optimizer(
             parameter_groups(named, weight_decay=WEIGHT_DECAY), "adam", lr=LEARNING_RATE, betas=BETAS, eps=case.eps
         ),
-        seed=SEED,
+        seed=case.seed,
         device=device,
-        recompute=case.recompute,
+        recompute=Recompute("full" if case.recompute else "none"),
     )
 
 
@@ -171,6 +176,8 @@ def train_case(case: Case) -> dict[str, Any]:
         result = engine.train_step(rank_batches(step, case, engine.groups.dp_rank), learning_rate(step))
         losses.append(result.loss)
         norms.append(result.grad_norm)
+        if case.evaluates:
+            engine.evaluate(rank_batches(20_000 + step, case, engine.groups.dp_rank))
     valid = engine.evaluate(rank_batches(10_000, case, engine.groups.dp_rank))
     return {"losses": losses, "norms": norms, "valid": valid, "fragments": fragments(engine)}
 

@@ -17,7 +17,6 @@ from megatron.optim.parameter_groups import parameter_groups
 from tests.distributed.layout_cases import (
     BETAS,
     LEARNING_RATE,
-    SEED,
     WEIGHT_DECAY,
     Case,
     global_batch,
@@ -30,7 +29,7 @@ KINDS = ("weight", "exp_avg", "exp_avg_sq")
 
 def oracle_run(case: Case) -> dict[str, Any]:
     """Losses, gradient norms, a validation loss, and per kind every logical tensor after the last step, in fp64."""
-    model = build_model(tiny_spec(**case.spec), seed=SEED).double()
+    model = build_model(tiny_spec(**case.spec), seed=case.seed).double()
     named = list(model.named_parameters())
     optimizer = torch.optim.AdamW(
         parameter_groups(named, WEIGHT_DECAY), lr=LEARNING_RATE, betas=BETAS, eps=case.eps, foreach=False
