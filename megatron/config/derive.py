@@ -288,7 +288,7 @@ def derive_recomputation(draft: Draft) -> None:
     if draft["checkpoint_num_layers"] > 1 and mode != "full" and not draft.inference:
         draft.warn(
             "checkpoint_num_layers",
-            f"checkpoint_num_layers = {draft['checkpoint_num_layers']} has no effect, as recompute_activations is {mode}",
+            f"checkpoint_num_layers = {draft['checkpoint_num_layers']} has no effect with recompute_activations {mode}",
         )
 
 

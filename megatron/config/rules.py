@@ -118,6 +118,21 @@ def check_zero(draft: Draft) -> None:
         )
 
 
+def check_tasks(draft: Draft) -> None:
+    """Tasks while training are scored by the model in training, which some rank must hold whole."""
+    if draft["eval_tasks"] is None or draft.inference:
+        return
+    stages = draft["pipe_parallel_size"]
+    for name, splits in (("pipe_parallel_size", stages >= 2), ("sequence_parallel", draft["sequence_parallel"])):
+        if splits:
+            draft.problem(
+                "eval_tasks",
+                f"eval_tasks while training does not work with {name} = {str(draft[name]).lower()} "
+                f"({draft.place(name)}): no rank holds the whole model. Remove it, and run evaluate.py on the "
+                "checkpoint.",
+            )
+
+
 def check_stages(draft: Draft) -> None:
     """Every pipeline stage needs a layer."""
     stages, layers = draft["pipe_parallel_size"], draft["num_layers"]
@@ -296,6 +311,7 @@ RULES = (
     check_gelu,
     check_zero,
     check_stages,
+    check_tasks,
     check_learning_rate,
     check_checkpoint,
     check_data,

@@ -79,6 +79,13 @@ class TrainingSection(Section):
         "tokens: one mean over all unmasked tokens of the step.",
         ours=True,
     )
+    check_replicas: Int = key(
+        0,
+        "Every so many steps, compare replicated parameters and gradients across ranks; 0 is off.",
+        unit="steps",
+        ge=0,
+        ours=True,
+    )
     checkpoint_activations: Bool = key(False, "Recompute activations in the backward pass to save memory.")
     checkpoint_num_layers: Int = key(
         1,

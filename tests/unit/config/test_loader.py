@@ -94,6 +94,8 @@ def test_null_means_unset(tiny: Callable[..., Config]) -> None:
         ("wandb_run_name", 17, "17"),
         ("no_weight_tying", 1, True),
         ("extra_save_iters", [0, 1e3], [0, 1000]),
+        ("check_replicas", None, 0),
+        ("check_replicas", "1e2", 100),
     ],
 )
 def test_values_are_brought_to_their_type(tiny: Callable[..., Config], key: str, given: object, value: object) -> None:
@@ -169,6 +171,11 @@ def test_inference_finds_a_step_in_save_as_well(write: Write) -> None:
         load([], {**TINY, "iteration": 5}, devices=1, inference=True)
     path = write("my.yml", BASE + "iteration: 5\nsave: x\ncheckpoint_factor: 1\n")
     assert "iteration = 5 needs load:" in problems(path)[-1]
+
+
+def test_inference_scores_tasks_at_any_layout() -> None:
+    changes = {"model_parallel_size": 2, "pipe_parallel_size": 2, "sequence_parallel": True, "eval_tasks": ["a"]}
+    assert load([], {**TINY, **changes}, devices=2, inference=True).evaluation.eval_tasks == ["a"]
 
 
 def test_interactive_generation_runs_one_replica() -> None:
