@@ -107,6 +107,15 @@ def check_zero(draft: Draft) -> None:
             f"whole gradients until the last micro-batch. Use stage 1, or pipe_parallel_size: 1 with stage {stage}.",
         )
     block = draft["zero_optimization"]
+    for name in ("offload_optimizer", "offload_param"):
+        offload = getattr(block, name, None)
+        if offload is not None and offload.device == "nvme":
+            draft.problem(
+                f"zero_optimization.{name}.device",
+                f"zero_optimization.{name}.device = nvme needs an extension that DeepSpeed compiles, which is not "
+                "supported yet. Use cpu.",
+            )
+            return
     if (
         block is not None
         and block.stage < 3
@@ -122,8 +131,11 @@ def check_tasks(draft: Draft) -> None:
     """Tasks while training are scored by the model in training, which some rank must hold whole."""
     if draft["eval_tasks"] is None or draft.inference:
         return
-    stages = draft["pipe_parallel_size"]
-    for name, splits in (("pipe_parallel_size", stages >= 2), ("sequence_parallel", draft["sequence_parallel"])):
+    by_stage, by_tokens = (
+        draft["pipe_parallel_size"] >= 2,
+        draft["sequence_parallel"] and draft["model_parallel_size"] > 1,
+    )
+    for name, splits in (("pipe_parallel_size", by_stage), ("sequence_parallel", by_tokens)):
         if splits:
             draft.problem(
                 "eval_tasks",
@@ -131,6 +143,17 @@ def check_tasks(draft: Draft) -> None:
                 f"({draft.place(name)}): no rank holds the whole model. Remove it, and run evaluate.py on the "
                 "checkpoint.",
             )
+
+
+def check_allreduce(draft: Draft) -> None:
+    """Gradients travel in one format."""
+    travelling = draft["communication_data_type"]
+    if draft["fp32_allreduce"] and travelling not in (None, "fp32"):
+        draft.problem(
+            "fp32_allreduce",
+            f"fp32_allreduce = true contradicts communication_data_type = {travelling} "
+            f"({draft.place('communication_data_type')}). Remove one of the two.",
+        )
 
 
 def check_stages(draft: Draft) -> None:
@@ -310,6 +333,7 @@ RULES = (
     check_residual,
     check_gelu,
     check_zero,
+    check_allreduce,
     check_stages,
     check_tasks,
     check_learning_rate,

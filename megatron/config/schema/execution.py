@@ -100,13 +100,18 @@ class PrecisionSection(Section):
     )
     fp16: Fp16Block | None = key(None, "fp16 training and its loss scale.", deepspeed="fp16")
     bf16: Bf16Block | None = key(None, "bfloat16 training.", deepspeed="bf16")
-    fp32_allreduce: Bool = key(False, "Reduce gradients and tensor-parallel sums in fp32.")
+    fp32_allreduce: Bool = key(
+        False,
+        "Reduce in fp32 what half precision would add up in its own format: gradients over the replicas "
+        "(communication_data_type: fp32) and the sums of activations and of their gradients over tensor-parallel "
+        "ranks. Twice the traffic.",
+    )
 
 
 class OffloadBlock(Block):
     """Where ZeRO parks what it does not need at the moment."""
 
-    device: Literal["none", "cpu", "nvme"] = key("none", "none, cpu or nvme.")
+    device: Literal["none", "cpu", "nvme"] = key("none", "none or cpu; nvme is not supported yet.")
     nvme_path: str | None = key(None, "Folder on the local disk for nvme.")
     pin_memory: Bool = key(False, "Use page-locked memory.")
     buffer_count: Int | None = key(None, "Buffers in the pool.")
@@ -130,7 +135,9 @@ class ZeroBlock(Block):
     contiguous_gradients: Bool = key(False, "Copy gradients into one buffer as they come.")
     cpu_offload: Bool = key(False, "Old spelling of offload_optimizer: {device: cpu}.")
     cpu_offload_params: Bool = key(False, "Old spelling of offload_param: {device: cpu}.")
-    offload_optimizer: OffloadBlock | None = key(None, "Park optimizer states.")
+    offload_optimizer: OffloadBlock | None = key(
+        None, "Keep optimizer states and fp32 weights in the host's memory, and update there."
+    )
     offload_param: OffloadBlock | None = key(None, "Park weights (stage 3).")
     sub_group_size: Int | None = key(None, "Elements updated at once (stage 3).")
     round_robin_gradients: Bool | None = key(None, "Spread gradient copies over ranks (stages 1 and 2).")
@@ -172,8 +179,10 @@ class DeepSpeedSection(Section):
     gradient_predivide_factor: Float = key(
         1.0, "Divisor before reducing, with prescale_gradients.", deepspeed="gradient_predivide_factor", gt=0
     )
-    communication_data_type: Literal["fp16", "bfp16", "bf16", "fp32"] | None = key(
-        None, "Number format in which gradients travel.", deepspeed="communication_data_type"
+    communication_data_type: Literal["fp16", "bf16", "fp32"] | None = key(
+        None,
+        "Number format in which gradients travel between replicas. Unset: that of the weights.",
+        deepspeed="communication_data_type",
     )
     data_types: dict[str, Any] | None = key(None, "For example {grad_accum_dtype: fp32}.", deepspeed="data_types")
     flops_profiler: dict[str, Any] | None = key(None, "DeepSpeed's FLOPs profiler.", deepspeed="flops_profiler")

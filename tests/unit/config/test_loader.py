@@ -91,6 +91,8 @@ def test_null_means_unset(tiny: Callable[..., Config]) -> None:
         ("init_method", "Small_Init", "small_init"),
         ("precision", "BF16", "bfloat16"),
         ("precision", "FP16", "fp16"),
+        ("communication_data_type", "bfp16", "bf16"),
+        ("communication_data_type", "bf16", "bf16"),
         ("wandb_run_name", 17, "17"),
         ("no_weight_tying", 1, True),
         ("extra_save_iters", [0, 1e3], [0, 1000]),
