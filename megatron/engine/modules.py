@@ -14,8 +14,9 @@ from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import nn
 
-from megatron.model.build import HEAD, WORD_EMBEDDING, NamedLayer, Transformer, layer_list
+from megatron.model.build import HEAD, WORD_EMBEDDING, NamedLayer, Transformer, is_block, layer_list
 from megatron.model.layers import TransformerBlock, whole_sequences
+from megatron.model.recompute import Recompute, grouped
 from megatron.model.spec import ModelSpec
 from megatron.objectives.language_model import language_model_loss
 from megatron.parallel.process_groups import ProcessGroups
@@ -78,9 +79,9 @@ class StagedModule(PipelineModule):
         stream: RandomStream | None,
         *,
         partition_method: str,
-        recompute: bool,
+        recompute: Recompute,
     ) -> None:
-        layers = layer_list(spec, groups, stream, recompute=recompute)
+        layers = layer_list(spec, groups, stream, recompute)
         self.spec, self.groups = spec, groups
         self.targets: deque[tuple[torch.Tensor, ...]] = deque()
         self.layer_names = [layer.name for layer in layers]
@@ -99,6 +100,7 @@ class StagedModule(PipelineModule):
             activation_checkpoint_interval=0,
         )
 
+        self.forward_funcs: list[Any] = grouped(list(self.forward_funcs), is_block, recompute, stream)
         if groups.at.pp_rank == groups.topology.pp_size - 1:
             self.forward_funcs[-1] = self._loss
         # DeepSpeed's gradient norm makes one collective per parameter group. A stage of the head alone, which has no
@@ -160,7 +162,7 @@ def external_parameters(module: nn.Module) -> list[tuple[nn.Module, nn.Parameter
 
     The head's weight goes into the loss, and a block sums its two output layers before it adds their biases.
     """
-    found = []
+    found: list[tuple[nn.Module, nn.Parameter]] = []
     if isinstance(module, LossModule):
         name = WORD_EMBEDDING if module.model.spec.tied_head else HEAD
         found.append((module, module.model.get_parameter(f"{name}.weight")))

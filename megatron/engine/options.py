@@ -55,7 +55,8 @@ def deepspeed_config(options: EngineOptions, groups: ProcessGroups, num_paramete
     # DeepSpeed allocates whole buckets; its default of 5e8 elements would be most of a small machine's memory.
     zero = {"contiguous_gradients": False, "overlap_comm": False, **options.zero, "stage": stage}
     for name in ("reduce_bucket_size", "allgather_bucket_size"):
-        zero[name] = max(1, min(int(zero.get(name, 500_000_000)), num_parameters))
+        # Rounded up to an even number: DeepSpeed aligns what it gathers to two elements.
+        zero[name] = (max(1, min(int(zero.get(name, 500_000_000)), num_parameters)) + 1) // 2 * 2
     config: dict[str, Any] = {
         "train_batch_size": options.micro_batch_size * options.num_micro_batches * groups.dp_size,
         "train_micro_batch_size_per_gpu": options.micro_batch_size,

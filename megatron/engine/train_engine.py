@@ -26,8 +26,9 @@ from megatron.engine.modules import (
     stage_fillers,
 )
 from megatron.engine.options import EngineOptions, LossNormalization, deepspeed_config
-from megatron.model.build import Transformer
+from megatron.model.build import NO_RECOMPUTE, Transformer
 from megatron.model.init import initialize_parameters
+from megatron.model.recompute import Recompute
 from megatron.model.spec import ModelSpec
 from megatron.parallel.process_groups import ProcessGroups
 from megatron.parallel.random_streams import seed_streams
@@ -84,7 +85,7 @@ class TrainEngine:
         *,
         seed: int,
         device: torch.device,
-        recompute: bool = False,
+        recompute: Recompute = NO_RECOMPUTE,
     ) -> None:
         self.spec, self.groups, self.options, self.device = spec, groups, options, device
         self.is_staged = groups.topology.pp_size > 1
@@ -94,7 +95,7 @@ class TrainEngine:
             self.module: LossModule | StagedModule = (
                 StagedModule(spec, groups, self.stream, partition_method=options.partition_method, recompute=recompute)
                 if self.is_staged
-                else LossModule(Transformer(spec, groups, self.stream, recompute=recompute))
+                else LossModule(Transformer(spec, groups, self.stream, recompute))
             )
         self.named_parameters = public_names(self.module)
         initialize_parameters(self.named_parameters, spec, groups, seed)

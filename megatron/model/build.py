@@ -22,6 +22,7 @@ from megatron.model.layers import (
     WordEmbedding,
     whole_sequences,
 )
+from megatron.model.recompute import Recompute, grouped
 from megatron.model.spec import ModelSpec
 from megatron.ops.matmul import linear
 from megatron.ops.rotary import RotaryTable
@@ -32,6 +33,9 @@ from megatron.parallel.random_streams import RandomStream
 WORD_EMBEDDING = "embedding.word_embeddings"
 POSITION_EMBEDDING = "embedding.position_embeddings"
 HEAD = "head"
+
+
+NO_RECOMPUTE = Recompute()
 
 
 @dataclass(frozen=True)
@@ -49,12 +53,15 @@ class NamedLayer:
 
 
 def layer_list(
-    spec: ModelSpec, groups: ProcessGroups, stream: RandomStream | None = None, *, recompute: bool = False
+    spec: ModelSpec,
+    groups: ProcessGroups,
+    stream: RandomStream | None = None,
+    recompute: Recompute = NO_RECOMPUTE,
 ) -> list[NamedLayer]:
     """All layers from tokens to hidden states, and the head's weight unless it is the embedding's.
 
     stream: what divided dropout draws from; None is right for one tensor-parallel rank and without dropout.
-    recompute: blocks keep only their input and run again in the backward pass.
+    recompute: blocks know of the selective kind; groups of blocks are whoever runs the list's business (`grouped`).
     Raises ValueError if heads do not divide over the tensor-parallel ranks.
     """
     spec.kv_heads_on_rank(groups.tp_size)
@@ -66,8 +73,9 @@ def layer_list(
     layers = [NamedLayer(WORD_EMBEDDING, WordEmbedding, (spec, groups, stream))]
     if spec.position == "learned":
         layers.append(NamedLayer(POSITION_EMBEDDING, PositionEmbedding, (spec, groups, stream)))
+    inside = {"recompute_attention": recompute.mode == "selective"}
     layers += [
-        NamedLayer(f"layers.{index}", TransformerBlock, (spec, groups, rotary, stream), {"recompute": recompute})
+        NamedLayer(f"layers.{index}", TransformerBlock, (spec, groups, rotary, stream), inside)
         for index in range(spec.num_layers)
     ]
     layers.append(NamedLayer("final_norm", Norm, (spec, groups)))
@@ -83,13 +91,19 @@ class Transformer(nn.Module):
     """
 
     def __init__(
-        self, spec: ModelSpec, groups: ProcessGroups, stream: RandomStream | None = None, *, recompute: bool = False
+        self,
+        spec: ModelSpec,
+        groups: ProcessGroups,
+        stream: RandomStream | None = None,
+        recompute: Recompute = NO_RECOMPUTE,
     ) -> None:
         super().__init__()
         self.spec = spec
         self.groups = groups
-        for layer in layer_list(spec, groups, stream, recompute=recompute):
+        for layer in layer_list(spec, groups, stream, recompute):
             _register(self, layer.name, layer.build())
+        blocks = list(self.get_submodule("layers").children())
+        self.block_groups = grouped(blocks, is_block, recompute, stream)
 
     def forward(
         self,
@@ -104,8 +118,12 @@ class Transformer(nn.Module):
         x = self.get_submodule(WORD_EMBEDDING)(tokens)
         if self.spec.position == "learned":
             x = self.get_submodule(POSITION_EMBEDDING)(x, positions)
-        for index, block in enumerate(self.get_submodule("layers").children()):
-            x = block(x, positions, stores[index] if stores is not None else None)
+        if stores is None:
+            for run in self.block_groups:
+                x = run(x, positions)
+        else:
+            for block, store in zip(self.get_submodule("layers").children(), stores, strict=True):
+                x = block(x, positions, store)
         return whole_sequences(self.get_submodule("final_norm")(x), self.groups)
 
     @property
@@ -124,16 +142,20 @@ def build_model(
     groups: ProcessGroups | None = None,
     *,
     seed: int | None = None,
-    recompute: bool = False,
     device: torch.device | str = "cpu",
 ) -> Transformer:
     """A Transformer on `device` in fp32, filled with initial values of `seed`, or left empty without one."""
     groups = groups or ProcessGroups.single()
     with torch.device(device):
-        model = Transformer(spec, groups, recompute=recompute)
+        model = Transformer(spec, groups)
     if seed is not None:
         initialize_parameters(model.named_parameters(), spec, groups, seed)
     return model
+
+
+def is_block(layer: object) -> bool:
+    """Whether a layer is one of those that recomputation groups."""
+    return isinstance(layer, TransformerBlock)
 
 
 def _register(root: nn.Module, dotted: str, module: nn.Module) -> None:

@@ -14,8 +14,8 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
+from megatron.model.recompute import recomputed
 from megatron.model.spec import ModelSpec
 from megatron.ops.activations import activation_function
 from megatron.ops.attention import Attention
@@ -213,12 +213,12 @@ class TransformerBlock(nn.Module):
         rotary: RotaryTable | None,
         stream: RandomStream | None = None,
         *,
-        recompute: bool = False,
+        recompute_attention: bool = False,
     ) -> None:
         super().__init__()
         self.residual = spec.residual
         self.dropout = Dropout(spec.hidden_dropout, stream, is_divided=groups.sequence_parallel)
-        self.recompute = recompute
+        self.recompute_attention = recompute_attention
         self.stream = stream
         self.groups = groups
         self.input_layernorm = Norm(spec, groups)
@@ -231,29 +231,27 @@ class TransformerBlock(nn.Module):
         self, x: torch.Tensor, positions: torch.Tensor | None = None, store: KeyValueStore | None = None
     ) -> torch.Tensor:
         """Shapes: x [B, T, H] -> [B, T, H]."""
-        if not (self.recompute and self.training and torch.is_grad_enabled()):
-            return self._forward(x, positions, store)
-        if self.stream is None:
-            return checkpoint(self._forward, x, positions, store, use_reentrant=False)
-        return checkpoint(
-            self._forward, x, positions, store, use_reentrant=False, context_fn=self.stream.replay_contexts
-        )
-
-    def _forward(self, x: torch.Tensor, positions: torch.Tensor | None, store: KeyValueStore | None) -> torch.Tensor:
         if self.residual == "sequential":
             assert self.post_attention_layernorm is not None
-            attended = self.attention(self._enter(self.input_layernorm(x)), positions, store)
+            attended = self._attend(self._enter(self.input_layernorm(x)), positions, store)
             x = x + self._drop(self.attention.dense(attended))
             return x + self._drop(self.mlp.linear2(self.mlp(self._enter(self.post_attention_layernorm(x)))))
         normed = self._enter(self.input_layernorm(x))
         normed_mlp = normed if self.post_attention_layernorm is None else self._enter(self.post_attention_layernorm(x))
-        attended, inner = self.attention(normed, positions, store), self.mlp(normed_mlp)
+        attended, inner = self._attend(normed, positions, store), self.mlp(normed_mlp)
         dense, linear2 = self.attention.dense, self.mlp.linear2
         if self.groups.tp is None or self.dropout.probability:
             # Two dropout masks need two finished sums.
             return x + self._drop(dense(attended)) + self._drop(linear2(inner))
         total = leave_region(dense.partial(attended) + linear2.partial(inner), self.groups)
         return x + linear2.add_bias(dense.add_bias(total))
+
+    def _attend(
+        self, x: torch.Tensor, positions: torch.Tensor | None, store: KeyValueStore | None
+    ) -> torch.Tensor:
+        if self.recompute_attention and self.training and store is None:
+            return recomputed(self.attention, self.stream, x, positions)
+        return self.attention(x, positions, store)
 
     def _enter(self, x: torch.Tensor) -> torch.Tensor:
         return enter_region(x, self.groups)

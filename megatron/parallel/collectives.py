@@ -50,10 +50,10 @@ class _AllReduce(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        # In place: x is the fresh product of a matmul, which keeps no reference to its output.
-        ctx.mark_dirty(x)
+        # In place: x is the fresh product of a layer that keeps no reference to its output. It is not marked dirty,
+        # because autograd forbids that for the views that some matmuls return.
         dist.all_reduce(x, group=group)
-        return x
+        return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:

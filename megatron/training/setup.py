@@ -22,6 +22,7 @@ from megatron.engine.distributed import start_distributed
 from megatron.engine.setup import engine_options, topology
 from megatron.engine.train_engine import TrainEngine
 from megatron.model.from_config import model_spec
+from megatron.model.recompute import Recompute
 from megatron.observe.setup import build_recorder
 from megatron.observe.throughput import Throughput, peak_flops
 from megatron.optim.build import build_optimizer
@@ -117,7 +118,7 @@ def build_engine(config: Config, groups: ProcessGroups, device: torch.device) ->
         ),
         seed=config.training.seed,
         device=device,
-        recompute=config.training.checkpoint_activations,
+        recompute=Recompute(config.training.recompute, config.training.checkpoint_num_layers),
     )
 
 
