@@ -137,7 +137,7 @@ def test_whole_documents_cannot_be_asked_of_packed_samples(tiny: Callable[..., C
 
 @pytest.fixture
 def _epochs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(NOT_YET_VALUES, "train_epochs")
+    monkeypatch.delitem(NOT_YET_VALUES, "train_epochs", raising=False)
 
 
 @pytest.mark.usefixtures("_epochs")
