@@ -131,12 +131,13 @@ def check_tasks(draft: Draft) -> None:
     """Tasks while training are scored by the model in training, which some rank must hold whole."""
     if draft["eval_tasks"] is None or draft.inference:
         return
-    by_stage, by_tokens = (
-        draft["pipe_parallel_size"] >= 2,
-        draft["sequence_parallel"] and draft["model_parallel_size"] > 1,
-    )
-    for name, splits in (("pipe_parallel_size", by_stage), ("sequence_parallel", by_tokens)):
-        if splits:
+    splits = {
+        "pipe_parallel_size": draft["pipe_parallel_size"] >= 2,
+        "sequence_parallel": draft["sequence_parallel"] and draft["model_parallel_size"] > 1,
+        "zero_stage": draft["zero_stage"] == 3,
+    }
+    for name, is_split in splits.items():
+        if is_split:
             draft.problem(
                 "eval_tasks",
                 f"eval_tasks while training does not work with {name} = {str(draft[name]).lower()} "

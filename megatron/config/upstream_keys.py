@@ -160,7 +160,6 @@ NOT_YET_VALUES: dict[str, tuple[tuple[Any, ...], str]] = {
     # key of the schema: (values that work, what to do meanwhile)
     "dataset_impl": (("gpt2",), "Use gpt2."),
     "optimizer_type": (("adam", "sgd", "lion"), "Use Adam, SGD or Lion."),
-    "train_epochs": ((None,), "Set train_iters to epochs * samples / train_batch_size."),
 }
 
 SET_BY_PROGRAM: dict[str, str] = {

@@ -64,6 +64,8 @@ def deepspeed_config(options: EngineOptions, groups: ProcessGroups, num_paramete
         "gradient_clipping": options.gradient_clipping,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        # With offload DeepSpeed insists on an optimizer that it compiles; torch's fused AdamW runs on the CPU as well.
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
         "wall_clock_breakdown": False,
         **options.extra,

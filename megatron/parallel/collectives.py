@@ -33,27 +33,25 @@ class _Identity(torch.autograd.Function):
     """Forward identity, backward all-reduce."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.group = group
+    def forward(ctx: Any, x: torch.Tensor, groups: ProcessGroups) -> torch.Tensor:
+        ctx.groups = groups
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         # The gradient may be a view of something autograd still needs, or expanded: reduce a copy of our own.
         total = grads[0].clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=ctx.group)
-        return total, None
+        return _all_reduce(total, ctx.groups), None
 
 
 class _AllReduce(torch.autograd.Function):
     """Forward all-reduce, backward identity."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, groups: ProcessGroups) -> torch.Tensor:
         # In place: x is the fresh product of a layer that keeps no reference to its output. It is not marked dirty,
         # because autograd forbids that for the views that some matmuls return.
-        dist.all_reduce(x, group=group)
-        return x.view_as(x)
+        return _all_reduce(x, groups).view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -62,86 +60,86 @@ class _AllReduce(torch.autograd.Function):
 
 class _GatherThenReduceScatter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.group = group
-        return _all_gather(x, group)
+    def forward(ctx: Any, x: torch.Tensor, groups: ProcessGroups) -> torch.Tensor:
+        ctx.groups = groups
+        return _all_gather(x, groups.tp)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _reduce_scatter(grads[0], ctx.group), None
+        return _reduce_scatter(grads[0], ctx.groups), None
 
 
 class _ReduceScatterThenGather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.group = group
-        return _reduce_scatter(x, group)
+    def forward(ctx: Any, x: torch.Tensor, groups: ProcessGroups) -> torch.Tensor:
+        ctx.groups = groups
+        return _reduce_scatter(x, groups)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _all_gather(grads[0], ctx.group), None
+        return _all_gather(grads[0], ctx.groups.tp), None
 
 
 class _GatherThenSlice(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.group = group
-        return _all_gather(x, group)
+    def forward(ctx: Any, x: torch.Tensor, groups: ProcessGroups) -> torch.Tensor:
+        ctx.groups = groups
+        return _all_gather(x, groups.tp)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _own_slice(grads[0], ctx.group).contiguous(), None
+        return _own_slice(grads[0], ctx.groups.tp).contiguous(), None
 
 
 class _SliceThenGather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.group = group
-        return _own_slice(x, group).contiguous()
+    def forward(ctx: Any, x: torch.Tensor, groups: ProcessGroups) -> torch.Tensor:
+        ctx.groups = groups
+        return _own_slice(x, groups.tp).contiguous()
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _all_gather(grads[0], ctx.group), None
+        return _all_gather(grads[0], ctx.groups.tp), None
 
 
 def enter_region(x: torch.Tensor, groups: ProcessGroups) -> torch.Tensor:
     """Enter layers whose features are divided over the ranks. Shapes: [B, T, H], or [B, T / tp, H] -> [B, T, H]."""
     if groups.tp is None:
         return x
-    return (_GatherThenReduceScatter if groups.sequence_parallel else _Identity).apply(x, groups.tp)
+    return (_GatherThenReduceScatter if groups.sequence_parallel else _Identity).apply(x, groups)
 
 
 def leave_region(x: torch.Tensor, groups: ProcessGroups) -> torch.Tensor:
     """Sum the ranks' parts (x is overwritten). Shapes: [B, T, H] -> [B, T, H], or [B, T / tp, H]."""
     if groups.tp is None:
         return x
-    return (_ReduceScatterThenGather if groups.sequence_parallel else _AllReduce).apply(x.contiguous(), groups.tp)
+    return (_ReduceScatterThenGather if groups.sequence_parallel else _AllReduce).apply(x.contiguous(), groups)
 
 
 def gather_sequence(x: torch.Tensor, groups: ProcessGroups) -> torch.Tensor:
     """Whole sequences on every rank, for a consumer whose gradient is whole on every rank as well."""
     if groups.tp is None or not groups.sequence_parallel:
         return x
-    return _GatherThenSlice.apply(x, groups.tp)
+    return _GatherThenSlice.apply(x, groups)
 
 
 def split_sequence(x: torch.Tensor, groups: ProcessGroups) -> torch.Tensor:
     """This rank's part of every sequence, from a tensor that is whole on every rank."""
     if groups.tp is None or not groups.sequence_parallel:
         return x
-    return _SliceThenGather.apply(x, groups.tp)
+    return _SliceThenGather.apply(x, groups)
 
 
 def shared_parameter(parameter: torch.Tensor, groups: ProcessGroups) -> torch.Tensor:
     """A replicated parameter where tokens are divided: each rank sees a part of its gradient, all get the sum."""
     if groups.tp is None or not groups.sequence_parallel:
         return parameter
-    return _Identity.apply(parameter, groups.tp)
+    return _Identity.apply(parameter, groups)
 
 
 def summed_gradient(parameter: torch.Tensor, groups: ProcessGroups) -> torch.Tensor:
     """A replicated parameter of which each rank uses another part: all get the sum of the gradients."""
-    return parameter if groups.tp is None else _Identity.apply(parameter, groups.tp)
+    return parameter if groups.tp is None else _Identity.apply(parameter, groups)
 
 
 def gather_last_dim(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
@@ -156,7 +154,17 @@ def gather_last_dim(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.T
     return torch.cat(parts, dim=-1)
 
 
-def _all_gather(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+def _all_reduce(x: torch.Tensor, groups: ProcessGroups) -> torch.Tensor:
+    """Sum over the tensor-parallel ranks, in place."""
+    if not groups.sums_in_fp32 or x.dtype == torch.float32:
+        dist.all_reduce(x, group=groups.tp)
+        return x
+    wide = x.float()
+    dist.all_reduce(wide, group=groups.tp)
+    return x.copy_(wide)
+
+
+def _all_gather(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
     ranks = dist.get_world_size(group)
     x = x.contiguous()
     parts = x.new_empty((ranks, *x.shape))
@@ -165,15 +173,17 @@ def _all_gather(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     return parts.transpose(0, 1).reshape(x.shape[0], ranks * x.shape[1], *x.shape[2:])
 
 
-def _reduce_scatter(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    ranks = dist.get_world_size(group)
+def _reduce_scatter(x: torch.Tensor, groups: ProcessGroups) -> torch.Tensor:
+    ranks, dtype = groups.tp_size, x.dtype
+    if groups.sums_in_fp32:
+        x = x.float()
     B, T, *rest = x.shape
     parts = x.reshape(B, ranks, T // ranks, *rest).transpose(0, 1).contiguous()
     own = x.new_empty((B, T // ranks, *rest))
-    dist.reduce_scatter_tensor(own, parts.view(-1, *parts.shape[2:]), group=group)
-    return own
+    dist.reduce_scatter_tensor(own, parts.view(-1, *parts.shape[2:]), group=groups.tp)
+    return own.to(dtype)
 
 
-def _own_slice(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+def _own_slice(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
     width = x.shape[SEQUENCE_DIM] // dist.get_world_size(group)
     return x.narrow(SEQUENCE_DIM, dist.get_rank(group) * width, width)

@@ -18,6 +18,7 @@ class ProcessGroups:
 
     `tp` and `dp` are None where the axis has one rank: layers then skip the collective altogether.
     sequence_parallel: outside of tensor-parallel layers each tensor-parallel rank holds a part of the tokens.
+    sums_in_fp32: tensor-parallel sums of half-precision tensors are made in fp32 (fp32_allreduce).
     """
 
     topology: Topology
@@ -25,6 +26,7 @@ class ProcessGroups:
     tp: dist.ProcessGroup | None = None
     dp: dist.ProcessGroup | None = None
     sequence_parallel: bool = False
+    sums_in_fp32: bool = False
 
     @property
     def at(self) -> Coordinates:
@@ -62,7 +64,9 @@ class ProcessGroups:
         return cls(Topology(), 0)
 
     @classmethod
-    def build(cls, topology: Topology, *, sequence_parallel: bool = False) -> ProcessGroups:
+    def build(
+        cls, topology: Topology, *, sequence_parallel: bool = False, sums_in_fp32: bool = False
+    ) -> ProcessGroups:
         """Make the groups on every rank of an initialised torch.distributed. Collective.
 
         Raises ValueError if the world has another size than the topology.
@@ -79,4 +83,5 @@ class ProcessGroups:
                 group = dist.new_group(ranks)
                 if global_rank in ranks:
                     mine[axis] = group
-        return cls(topology, global_rank, mine["tp"], mine["dp"], sequence_parallel and topology.tp_size > 1)
+        is_split = sequence_parallel and topology.tp_size > 1
+        return cls(topology, global_rank, mine["tp"], mine["dp"], is_split, sums_in_fp32)

@@ -15,6 +15,7 @@ from megatron.checkpoint import Retention
 from megatron.common.errors import ConfigError, DataError
 from megatron.config import Config
 from megatron.config.plan.flops import flops_per_token
+from megatron.data.assembly import Datasets
 from megatron.data.loader import BatchLoader
 from megatron.data.setup import build_datasets
 from megatron.data.token_dataset import TokenDataset
@@ -42,26 +43,34 @@ def build_run(config: Config) -> Run:
 
     Raises: ConfigError, DataError or CheckpointError for what the user can mend.
     """
-    plan = run_plan(config)
     device = start_distributed(config.launcher.device)
-    groups = ProcessGroups.build(topology(config), sequence_parallel=config.parallel.sequence_parallel)
+    groups = ProcessGroups.build(
+        topology(config),
+        sequence_parallel=config.parallel.sequence_parallel,
+        sums_in_fp32=config.precision.fp32_allreduce,
+    )
     tokenizer = build_tokenizer(config.tokenizer)
     _check_vocabulary(config, tokenizer)
-    datasets = _build_datasets(config, groups)
+    datasets = _open_datasets(config, groups)
+    if config.training.train_epochs is not None:
+        config = config.with_train_iters(len(datasets.train or ()) // config.batch.train_batch_size)
+    plan = run_plan(config)
+    if datasets.train is None:
+        raise DataError("the configuration leaves nothing to train on: train_iters is 0")
+    train, valid, test = _loaders(config, groups, tokenizer, datasets)
     reporter = build_reporter(config, plan, groups, device)
     reporter.message(f"{groups.topology}, {config.precision.precision}, {device.type}: {describe(config)}")
     engine = build_engine(config, groups, device)
     schedule = learning_rate_schedule(config)
-    assert datasets["train"] is not None
-    facts = {"train data": datasets["train"].dataset.fingerprint, "tokenizer": tokenizer.fingerprint}
+    facts = {"train data": datasets.train.fingerprint, "tokenizer": tokenizer.fingerprint}
     about = {"schedule": asdict(schedule), "config": config.to_upstream_dict()}
     run = Run(
         engine,
         plan,
         schedule,
-        datasets["train"],
-        datasets["valid"],
-        datasets["test"],
+        train,
+        valid,
+        test,
         reporter,
         SaveOptions(
             folder=Path(config.checkpoint.save) if config.checkpoint.save else None,
@@ -179,21 +188,23 @@ def describe(config: Config) -> str:
     )
 
 
-def _build_datasets(config: Config, groups: ProcessGroups) -> dict[str, BatchLoader | None]:
-    """Loaders of this rank. Rank 0 of the job goes first, so that index files are built once and then mapped."""
+def _open_datasets(config: Config, groups: ProcessGroups) -> Datasets:
+    """The data sets of the run. Rank 0 of the job goes first, so that index files are built once and then mapped."""
     if not groups.is_main:
         dist.barrier()
     try:
-        datasets = build_datasets(config)
+        return build_datasets(config)
     finally:
         if groups.is_main:
             dist.barrier()
-    if datasets.train is None:
-        raise DataError("the configuration leaves nothing to train on: train_iters is 0")
 
-    def loader(dataset: TokenDataset | None) -> BatchLoader | None:
-        if dataset is None:
-            return None
+
+def _loaders(
+    config: Config, groups: ProcessGroups, tokenizer: Tokenizer, datasets: Datasets
+) -> tuple[BatchLoader, BatchLoader | None, BatchLoader | None]:
+    """This rank's loaders for training, validation and test."""
+
+    def loader(dataset: TokenDataset) -> BatchLoader:
         return BatchLoader(
             dataset,
             config.batch.train_micro_batch_size_per_gpu,
@@ -201,13 +212,14 @@ def _build_datasets(config: Config, groups: ProcessGroups) -> dict[str, BatchLoa
             groups.dp_rank,
             groups.dp_size,
             eod_mask_loss=config.data.eod_mask_loss,
-            eod_id=eod_id,
+            eod_id=tokenizer.eod_id,
             num_workers=config.data.num_workers,
             vocab_size=config.tokenizer.vocab_size,
         )
 
-    eod_id = build_tokenizer(config.tokenizer).eod_id if config.data.eod_mask_loss else None
-    return {name: loader(getattr(datasets, name)) for name in ("train", "valid", "test")}
+    assert datasets.train is not None
+    valid, test = (None if dataset is None else loader(dataset) for dataset in (datasets.valid, datasets.test))
+    return loader(datasets.train), valid, test
 
 
 def _check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:

@@ -131,3 +131,23 @@ def test_finetuning_continues_the_loss_in_every_precision(ranks: Ranks, tmp_path
         )
         losses = ranks(train_run, 2, str(config))[0]["losses"]
         assert max(losses) < min(fresh) - 0.2, (precision, losses, fresh)
+
+
+def test_optimizer_states_on_the_cpu_change_nothing(ranks: Ranks, tmp_path: Path) -> None:
+    for stage in (1, 2, 3):
+        block: dict[str, Any] = {"stage": stage}
+        kept = ranks(train_run, 2, str(write_config(tmp_path, f"kept{stage}", zero_optimization=block)))
+        block = {**block, "offload_optimizer": {"device": "cpu"}}
+        away = ranks(train_run, 2, str(write_config(tmp_path, f"away{stage}", zero_optimization=block)))
+        assert [result["losses"] for result in away] == [result["losses"] for result in kept]
+        # Stage 3 with offload reduces gradients in another order: a unit in the last place.
+        there, here = checkpoint_tensors(tmp_path / f"away{stage}"), checkpoint_tensors(tmp_path / f"kept{stage}")
+        torch.testing.assert_close(there, here, rtol=0.0, atol=2e-7 if stage == 3 else 0.0)
+
+
+def test_epochs_decide_the_number_of_steps(ranks: Ranks, tmp_path: Path) -> None:
+    config = write_config(tmp_path, train_iters=None, train_epochs=2, eval_interval=100, checkpoint_factor=100)
+    (result,) = ranks(train_run, 1, str(config))
+    seen = [sample for step in result["samples"] for sample in step]
+    assert len(result["losses"]) == len(seen) // 8 > 10
+    assert seen == list(range(len(seen)))
