@@ -37,7 +37,8 @@ BASE: dict[str, Any] = {
     "eval_interval": 3,
     "eval_iters": 1,
     "log_interval": 1,
-    "optimizer": {"type": "Adam", "params": {"lr": 0.01, "betas": [0.9, 0.95]}},
+    # The large eps keeps gradients that are zero but for rounding from becoming full steps (see layout_cases.EPS).
+    "optimizer": {"type": "Adam", "params": {"lr": 0.01, "betas": [0.9, 0.95], "eps": 1.0e-5}},
     "lr_decay_style": "cosine",
     "min_lr": 0.001,
     "warmup": 0.2,
