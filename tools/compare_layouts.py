@@ -1,0 +1,13 @@
+"""Command of the same name; see megatron/cli/compare_layouts.py."""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a script
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from megatron.cli.compare_layouts import main
+from megatron.common.errors import run_main
+
+if __name__ == "__main__":
+    run_main(main)
