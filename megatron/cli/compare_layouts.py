@@ -54,7 +54,7 @@ _LEFT_OUT: dict[str, Any] = {
     "num_nodes": -1,
     "num_gpus": None,
     "global_num_gpus": None,
-    "check_replicas": 1,
+    "check_replicas": 0,
     # Dropout draws from streams of the layout.
     "attention_dropout": 0.0,
     "hidden_dropout": 0.0,

@@ -20,6 +20,7 @@ from megatron.data.loader import BatchLoader
 from megatron.data.setup import build_datasets
 from megatron.data.token_dataset import TokenDataset
 from megatron.engine.distributed import start_distributed
+from megatron.engine.replicas import ReplicaCheck
 from megatron.engine.setup import engine_options, topology
 from megatron.engine.train_engine import TrainEngine
 from megatron.model.from_config import model_spec
@@ -83,6 +84,8 @@ def build_run(config: Config) -> Run:
             with_rng=not config.checkpoint.no_save_rng,
         ),
     )
+    if config.training.check_replicas:
+        run.replicas = ReplicaCheck(engine, config.training.check_replicas)
     run.position = load_run(engine, load_options(config), facts, reporter.message)
     reporter.start(run.position.step)
     return run

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,8 +10,13 @@ import torch.distributed as dist
 
 import megatron.model.layers as layers
 from megatron.common.errors import ReplicaError
+from megatron.config import load
+from megatron.data.loader import Batch
+from megatron.engine.distributed import stop_distributed
 from megatron.engine.replicas import ReplicaCheck
-from megatron.engine.train_engine import TrainEngine
+from megatron.engine.train_engine import StepResult, TrainEngine
+from megatron.training import loop
+from megatron.training.setup import build_run
 from tests.distributed.layout_cases import Case, learning_rate, make_engine, rank_batches, train_case
 
 
@@ -77,6 +82,31 @@ def checked_training(case: Case, interval: int, mistake: str = "", rank: int = 0
         except ReplicaError as error:
             return str(error)
     return ""
+
+
+def run_that_strays(config_file: str, at: int) -> tuple[int, str, int]:
+    """A whole run from a YAML file, in which rank 1's copy of a weight is nudged before step `at`.
+
+    Returns the exit code of the error (0 without), its text, and the step that was reached.
+    """
+    run = build_run(load([config_file], devices=dist.get_world_size()))
+    train_step = run.engine.train_step
+
+    def nudging(batches: Sequence[Batch], learning_rate: float) -> StepResult:
+        result = train_step(batches, learning_rate)
+        if run.position.step + 1 == at - 1 and dist.get_rank() == 1:
+            nudge_weight(run.engine, "layers.0.mlp.linear1.weight")
+        return result
+
+    run.engine.train_step = nudging  # type: ignore[method-assign]
+    try:
+        loop.train(run)
+    except ReplicaError as error:
+        return error.exit_code, str(error), run.position.step
+    finally:
+        run.close()
+        stop_distributed()
+    return 0, "", run.position.step
 
 
 def watched_gradients(case: Case) -> set[str]:

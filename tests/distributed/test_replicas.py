@@ -4,14 +4,16 @@ named."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from megatron.engine.replicas import checksum
-from tests.distributed.broken import checked_training, watched_gradients
+from tests.distributed.broken import checked_training, run_that_strays, watched_gradients
 from tests.distributed.layout_cases import Case
+from tests.integration.run_cases import write_config
 
 Ranks = Callable[..., list[Any]]
 
@@ -25,20 +27,21 @@ TIED = {"tied_head": True, "residual": "sequential"}
         Case(tp=2, pp=2, precision="bfloat16", steps=3, spec=TIED),
         Case(tp=2, dp=2, zero_stage=2, precision="fp16", steps=3, spec={"num_kv_heads": 1}),
         Case(pp=2, dp=2, steps=3, spec=TIED),
+        Case(tp=2, dp=2, zero_stage=3, steps=3),
     ],
-    ids=lambda case: f"tp{case.tp}-pp{case.pp}-dp{case.dp}-{case.precision}",
+    ids=lambda case: f"tp{case.tp}-pp{case.pp}-dp{case.dp}-zero{case.zero_stage}-{case.precision}",
 )
 def test_sound_runs_pass(ranks: Ranks, case: Case) -> None:
     assert ranks(checked_training, case.world_size, case, 1) == [""] * case.world_size
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bfloat16"])
-def test_every_gradient_is_seen(ranks: Ranks, precision: str) -> None:
-    case = Case(tp=2, dp=2, precision=precision, steps=1)
+@pytest.mark.parametrize(("precision", "zero_stage"), [("fp32", 1), ("bfloat16", 1), ("fp32", 2), ("fp32", 3)])
+def test_every_gradient_is_seen(ranks: Ranks, precision: str, zero_stage: int) -> None:
+    case = Case(tp=2, dp=2, zero_stage=zero_stage, precision=precision, steps=1)
     seen = ranks(watched_gradients, 4, case)
     # 4 layers of 12 tensors, the embedding, the final norm's two and the head; ZeRO divides them over dp.
     assert len(seen[0] | seen[2]) == 52
-    assert 0 < len(seen[0]) < 52
+    assert (0 < len(seen[0]) < 52) == (zero_stage < 3)
     assert seen[0] == seen[1]
 
 
@@ -73,6 +76,17 @@ def test_a_tied_embedding_that_strays_is_named(ranks: Ranks) -> None:
     for message in ranks(checked_training, 3, case, 1, "master", 2, "embedding.word_embeddings.weight", 2):
         assert "at step 2 " in message
         assert "embedding.word_embeddings.weight (master) differs over the tied stages: ranks 0 | 2" in message
+
+
+def test_the_key_stops_a_run_before_it_saves(ranks: Ranks, tmp_path: Path) -> None:
+    """A nudge behind step 3 is found at step 4, the next that is due, and before its checkpoint."""
+    config = write_config(tmp_path, "run", check_replicas=2, checkpoint_factor=4)
+    for code, text, step in ranks(run_that_strays, 2, str(config), 4, timeout=120):
+        assert code == 8
+        assert "at step 4 " in text
+        assert "layers.0.mlp.linear1.weight (weight before the step) differs over dp: ranks 0 | 1" in text
+        assert step == 3
+    assert not list((tmp_path / "run").glob("global_step*"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
