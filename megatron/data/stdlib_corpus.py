@@ -4,7 +4,7 @@ A slice of the files is held out: never trained on, used for evaluation only.
 Invariant: for one Python version the written files are the same on every machine and at every run.
 """
 
-from __future__ import annotations
+from __future__ import hashlib
 
 import json
 import random
@@ -66,7 +66,8 @@ def write_stdlib_corpus(data_dir: Path, force: bool = False) -> StdlibFiles:
         # The training file comes last: while it is missing, a second run starts over.
         _write_lines(files.held_out, [_record(source) for source in held_out])
         _write_lines(files.completion, completion_items(held_out, COMPLETION_ITEMS))
-        _write_lines(files.train, [_record(source) for source in sources if source.name not in names])
+        train = [source for source in sources if source.name not in names]
+        _write_lines(files.train, [_record(source) for source in _mixed(train)])
     return files
 
 
@@ -74,6 +75,11 @@ def choose_held_out(sources: Sequence[SourceFile]) -> list[SourceFile]:
     """Every 25th file of code. A very long one stays in training: alone it would decide the score and its time."""
     code = [source for source in sources if not source.name.startswith(_TABLE_FOLDERS)]
     return [s for s in code[HELD_OUT_EVERY // 2 :: HELD_OUT_EVERY] if len(s.text) <= _HELD_OUT_MAX_CHARACTERS]
+
+
+def _mixed(sources: Sequence[SourceFile]) -> list[SourceFile]:
+    """An order without meaning, the same everywhere: a split by position then gives parts that are alike."""
+    return sorted(sources, key=lambda source: hashlib.sha256(source.name.encode()).digest())
 
 
 def read_stdlib(folder: Path) -> list[SourceFile]:

@@ -76,15 +76,21 @@ def _run(generator: Generator, ranks: Ranks, prompts: list[str]) -> list[dict[st
     generator.tokenize(prompts)  # a prompt that is too long stops every rank, whoever it belongs to
     mine = list(range(groups.dp_rank, len(prompts), groups.dp_size))
     found: dict[int, dict[str, Any]] = {}
+
+    def keep(index: int, record: dict[str, Any]) -> None:
+        if index not in found:
+            found[index] = record
+            shown = record["message"] if record["text"] is None else record["text"]
+            ranks.say(f"\n[{index + 1} of {len(prompts)}] {record['context']}{shown}")
+
     for place, record in generator.records([prompts[index] for index in mine], mine):
-        found[mine[place]] = record
-        shown = record["message"] if record["text"] is None else record["text"]
-        ranks.say(f"\n[{mine[place] + 1} of {len(prompts)}] {record['context']}{shown}")
+        keep(mine[place], record)
     if groups.topology.world_size > 1:
         parts: list[Any] | None = [None] * groups.topology.world_size if groups.is_main else None
-        dist.gather_object(found, parts, dst=0)
+        dist.gather_object(dict(found), parts, dst=0)
         for part in parts or []:
-            found |= part
+            for index in sorted(part):
+                keep(index, part[index])
     return [found[index] for index in sorted(found)]
 
 
