@@ -4,8 +4,9 @@ A slice of the files is held out: never trained on, used for evaluation only.
 Invariant: for one Python version the written files are the same on every machine and at every run.
 """
 
-from __future__ import hashlib
+from __future__ import annotations
 
+import hashlib
 import json
 import random
 import sys
