@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron.common.devices import count_gpus
-from megatron.common.errors import ConfigError, LaunchError
+from megatron.common.errors import ConfigError, DataError, LaunchError
 from megatron.config import Config, load, require_inputs
 from megatron.config.source import parse_value
+from megatron.engine.distributed import stop_distributed
 from megatron.launch.arguments import Parser
 from megatron.launch.commands import rank_commands
 from megatron.launch.spawn import run_ranks
@@ -99,6 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = Path(tempfile.mkdtemp(prefix="compare-layouts-"))
     try:
         configs = resolve(options, layouts, folder)
+        print("Left out: dropout (its random numbers belong to the layout), checkpoints, validation and loggers.")
         for config, layout, name in zip(configs, layouts, ("first", "second"), strict=True):
             print(f"{layout.text}: {layout.num_processes} process{'es' * (layout.num_processes > 1)}, {_sizes(config)}")
             _run(config, folder / name, options.steps, options.at)
@@ -147,17 +149,33 @@ def resolve(options: argparse.Namespace, layouts: list[Layout], folder: Path) ->
         prefix = write_synthetic_data(folder, options.steps * int(common["train_batch_size"]), common["seq_length"])
         common |= {"data_path": str(prefix)}
         plain = load(options.conf_file, {**common, **layouts[0].overrides()}, devices=layouts[0].num_processes)
-    micro = plain.batch.train_micro_batch_size_per_gpu
-    common |= {"train_micro_batch_size_per_gpu": micro, "gradient_accumulation_steps": None}
-    common.setdefault("train_batch_size", plain.batch.train_batch_size)
+    else:
+        try:
+            require_inputs(plain)
+        except DataError as error:
+            raise DataError(
+                f"{error}\nOr compare with --scale-down, which brings data and vocabulary of its own."
+            ) from None
+    batch = plain.batch.train_batch_size
+    common |= {
+        "train_batch_size": batch,
+        "train_micro_batch_size_per_gpu": _micro_batch_size(
+            batch, plain.batch.train_micro_batch_size_per_gpu, lcm["dp"]
+        ),
+        "gradient_accumulation_steps": None,
+    }
     # The initial values of the padded table are a function of its shape, which usually depends on tp.
     divisor = math.lcm(plain.tokenizer.make_vocab_size_divisible_by, lcm["tp"])
     common["padded_vocab_size"] = math.ceil(plain.tokenizer.vocab_size / divisor) * divisor
-    configs = [
+    return [
         load(options.conf_file, {**common, **layout.overrides()}, devices=layout.num_processes) for layout in layouts
     ]
-    require_inputs(configs[0])
-    return configs
+
+
+def _micro_batch_size(train_batch_size: int, configured: int, dp: int) -> int:
+    """The largest size up to the configured one that cuts the same batch at every layout."""
+    rows = max(1, train_batch_size // dp)
+    return max(size for size in range(1, min(rows, configured) + 1) if rows % size == 0)
 
 
 def report(folder: Path, layouts: list[Layout]) -> int:
@@ -217,6 +235,7 @@ def _work(argv: Sequence[str]) -> int:
             record(run, options.record, options.steps, options.at)
         finally:
             run.close()
+    stop_distributed()
     return 0
 
 

@@ -32,7 +32,7 @@ from megatron.parallel.sharding import get_shard_spec
 
 _BEFORE = "weight before the step"
 _SAME_SIZE_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_CHUNK_ELEMENTS = 1 << 22
+_CHUNK_ELEMENTS = 1 << 20
 _GOLDEN = -7046029254386353131  # 2**64 / golden ratio, as a signed number
 _SHOWN = 5
 

@@ -18,7 +18,7 @@ from megatron.cli.compare_layouts import _parse, main, parse_layout, report, res
 from megatron.common.errors import ConfigError, DataError
 from megatron.config import load
 from megatron.data.indexed import IndexedDataset
-from megatron.training.comparison import compare_traces
+from megatron.training.comparison import NOISE, compare_traces
 from megatron.training.scaled_down import Sizes, scaled_down, write_synthetic_data
 from tests.distributed.trace_cases import record_trace
 from tests.integration.run_cases import write_config
@@ -169,6 +169,16 @@ def test_both_runs_differ_in_the_layout_alone_and_leave_the_users_files(tmp_path
     assert one.data.data_path == load([str(config)]).data.data_path
 
 
+def test_micro_batches_are_alike_where_the_configuration_leaves_them_open(tmp_path: Path) -> None:
+    """One replica would take all 24 sequences at once, and four cannot."""
+    config = write_config(tmp_path, "run", train_micro_batch_size_per_gpu=None, train_batch_size=24)
+    texts = ["tp=2", "dp=4"]
+    options = _parse([str(config), "--layout", texts[0], "--layout", texts[1], "--device", "cpu"])
+    batches = [config.batch for config in resolve(options, [parse_layout(text) for text in texts], tmp_path)]
+    assert [batch.train_micro_batch_size_per_gpu for batch in batches] == [6, 6]
+    assert [batch.gradient_accumulation_steps for batch in batches] == [4, 1]
+
+
 @pytest.mark.parametrize("name", ["quickstart", "1-3B", "20B"])
 def test_presets_are_scaled_down_without_their_files(tmp_path: Path, name: str) -> None:
     if not (ROOT / "configs" / f"{name}.yml").is_file():
@@ -180,7 +190,7 @@ def test_presets_are_scaled_down_without_their_files(tmp_path: Path, name: str) 
 
 def test_missing_data_without_scaling_down_is_said_before_anything_starts(tmp_path: Path) -> None:
     config = write_config(tmp_path, "run", data_path=str(tmp_path / "nothing"))
-    with pytest.raises(DataError, match="nothing"):
+    with pytest.raises(DataError, match=r"(?s)nothing.*--scale-down"):
         main([str(config), "--layout", "tp=2", "--layout", "dp=2", "--device", "cpu"])
 
 
@@ -210,3 +220,11 @@ def _flat(config: Any) -> dict[str, Any]:
 def test_every_pair_of_axes_has_a_key() -> None:
     for first, second in itertools.permutations(["tp", "pp", "dp"], 2):
         assert parse_layout(f"{first}=2,{second}=3").num_processes == 6
+
+
+def test_the_document_states_the_bounds_that_are_used() -> None:
+    text = (ROOT / "docs" / "parallel_equivalence.md").read_text()
+    for row, precision in (("fp32", "fp32"), ("bf16", "bfloat16"), ("fp16", "fp16")):
+        (line,) = [line for line in text.splitlines() if line.startswith(f"| {row} |")]
+        noise = NOISE[precision]
+        assert [float(word) for word in line.split("|")[2:6]] == [noise.loss, noise.norm, noise.moment, noise.weight]
