@@ -6,8 +6,7 @@ from pathlib import Path
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from megatron.cli.compare_layouts import main
-from megatron.common.errors import run_main
+from megatron.common.interpreter import run_command
 
 if __name__ == "__main__":
-    run_main(main)
+    run_command("megatron.cli.compare_layouts")

@@ -158,7 +158,9 @@ class RankPool:
 
 def _failure(name: str, outcomes: list[server.Outcome], timeout_s: float, folder: str) -> RankFailure:
     bad = [rank for rank, outcome in enumerate(outcomes) if outcome.status != "ok"]
-    bad.sort(key=lambda rank: (outcomes[rank].status in ("hang", "stopped"), outcomes[rank].finished))
+    # What the others say of a rank that died without a word is a consequence, even if it is reported sooner.
+    order = {"died": 0, "error": 1}
+    bad.sort(key=lambda rank: (order.get(outcomes[rank].status, 2), outcomes[rank].finished))
     lines = [f"{name} on {len(outcomes)} ranks: " + ", ".join(f"rank {r} {o.status}" for r, o in enumerate(outcomes))]
     if outcomes[bad[0]].status == "hang":
         lines[0] += f" (no end after {timeout_s:g} s)"
