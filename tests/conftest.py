@@ -18,7 +18,6 @@ import pytest
 
 from tests.pool import RankPool
 
-
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
