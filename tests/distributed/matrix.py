@@ -135,6 +135,12 @@ def shown_cells(section: str) -> list[tuple[str, ...]]:
     return [tuple(_shown(name, dict(entry.cell)[name]) for name in _HEADER) for entry in SECTIONS[section]()]
 
 
+def with_table(document: str, section: str, table: str) -> str:
+    """The document with this table between the marks of the section."""
+    begin, end = f"<!-- begin {section} -->", f"<!-- end {section} -->"
+    return document.replace(f"{begin}{_between(document, section)}{end}", f"{begin}\n{table}\n{end}")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run, print, write. Returns 1 if a cell is beyond its tolerance; nothing is written then."""
     parser = argparse.ArgumentParser(prog="python -m tests.distributed.matrix", description="Run the matrix.")
@@ -167,7 +173,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.write and not options.full and not failed:
         text = DOCUMENT.read_text()
         for section, table in tables.items():
-            text = text.replace(_between(text, section), f"\n{table}\n")
+            text = with_table(text, section, table)
         DOCUMENT.write_text(text)
         print(f"\nwritten: {DOCUMENT}")
     return int(failed)

@@ -12,7 +12,7 @@ from tests.distributed.broken import train_with_forgotten_norms, train_with_halv
 from tests.distributed.cells import FACTORS, LAYOUTS, covered, covering, full_cells, is_possible, quick_cells
 from tests.distributed.differences import differences
 from tests.distributed.layout_cases import Case
-from tests.distributed.matrix import DOCUMENT, SECTIONS, Entry, listed, shown_cells
+from tests.distributed.matrix import DOCUMENT, SECTIONS, Entry, listed, shown_cells, with_table
 from tests.distributed.oracle import oracle_run
 from tests.distributed.tolerances import FP32, excesses
 
@@ -68,6 +68,15 @@ def test_the_document_lists_the_cells_that_are_run(section: str) -> None:
     assert listed(DOCUMENT.read_text(), section) == shown_cells(section), (
         "write it anew: python -m tests.distributed.matrix --write"
     )
+
+
+def test_a_table_is_written_between_its_marks() -> None:
+    document = "a\n<!-- begin x --><!-- end x -->\nb\n<!-- begin y -->\nold\n<!-- end y -->\n"
+    once = with_table(with_table(document, "x", "| 1 |"), "y", "| 2 |")
+    assert once == "a\n<!-- begin x -->\n| 1 |\n<!-- end x -->\nb\n<!-- begin y -->\n| 2 |\n<!-- end y -->\n"
+    assert with_table(once, "x", "| 1 |") == once
+    with pytest.raises(ValueError, match="no marks of section z"):
+        with_table(document, "z", "")
 
 
 def test_a_norm_that_is_not_reduced_is_caught(ranks: Ranks) -> None:
