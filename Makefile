@@ -1,5 +1,6 @@
 # make quickstart   the whole road on a small model: data, training, text, scores, export
 # make test         lint and all tests
+# make test-full    the same with the larger matrix of layouts
 # make lint         style, types, layers, file sizes
 # make reference    write configs/neox_arguments.md and configs/schema.json from the schema
 # make clean        remove the environment and caches (not data, checkpoints or logs)
@@ -26,9 +27,9 @@ quickstart: $(RUN_STAMP)
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) tests
 
-# Everything that `test` runs, in one process and with the slowest tests named: for hunting order and timing problems.
+# Everything that `test` runs and the larger matrix of layouts (docs/parallel_equivalence.md), with the slowest tests named.
 test-full: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=40 tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "full or not full" --durations=40 tests
 
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check .
