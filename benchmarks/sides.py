@@ -93,7 +93,7 @@ def transformers_side(shape: Shape, device: str, compile_model: bool = False) ->
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return float(loss)
+        return float(loss.detach())
 
     return step
 
