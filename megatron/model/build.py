@@ -153,6 +153,12 @@ def build_model(
     return model
 
 
+def parameter_names(spec: ModelSpec) -> list[str]:
+    """The public names of all parameters of a model, in order; nothing is allocated."""
+    with torch.device("meta"):
+        return [name for name, _ in Transformer(spec, ProcessGroups.single()).named_parameters()]
+
+
 def is_block(layer: object) -> bool:
     """Whether a layer is one of those that recomputation groups."""
     return isinstance(layer, TransformerBlock)

@@ -20,7 +20,7 @@ from megatron.checkpoint.reader import Reader
 from megatron.common.errors import CheckpointError
 from megatron.engine.state import export_pieces, import_optimizer, import_weights, optimizer_steps
 from megatron.engine.train_engine import TrainEngine
-from megatron.model.build import HEAD, WORD_EMBEDDING
+from megatron.model.build import HEAD, WORD_EMBEDDING, parameter_names
 from megatron.model.spec import ModelSpec
 
 # Fields that change what is regularised or how weights start, but not which function the weights mean.
@@ -103,6 +103,8 @@ def save_run(engine: TrainEngine, position: Position, options: SaveOptions) -> S
         source_files=options.source_files,
         rank_tensors={**capture(), "divided": engine.stream.state} if options.with_rng else None,
         used_rows={f"{name}.weight": spec.vocab_size for name in vocabulary},
+        # A stage that gives nothing for one of its tensors would else leave a checkpoint that looks whole.
+        expected_names=parameter_names(spec),
         retention=options.retention,
     )
 
