@@ -67,6 +67,7 @@ class Case:
     zero_stage: int = 1
     sequence_parallel: bool = False
     precision: str = "fp32"
+    initial_scale_power: int = 8
     global_batch: int = 8
     micro_batch: int = 2
     steps: int = 20
@@ -127,7 +128,7 @@ def make_engine(case: Case) -> TrainEngine:
         micro_batch_size=case.micro_batch,
         num_micro_batches=case.accumulation,
         precision=case.precision,  # type: ignore[arg-type]
-        fp16={"initial_scale_power": 8} if case.precision == "fp16" else {},
+        fp16={"initial_scale_power": case.initial_scale_power, "hysteresis": 1} if case.precision == "fp16" else {},
         gradient_clipping=case.clipping,
         zero_stage=case.zero_stage,
         loss_normalization=case.normalization,  # type: ignore[arg-type]
