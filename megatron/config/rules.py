@@ -146,6 +146,24 @@ def check_tasks(draft: Draft) -> None:
             )
 
 
+def check_compile(draft: Draft) -> None:
+    """What compiled blocks cannot be combined with."""
+    if not draft["torch_compile"]:
+        return
+    if draft["recompute_activations"] != "none":
+        draft.problem(
+            "torch_compile",
+            f"torch_compile = true does not work with recomputation ({draft.place('recompute_activations')}): the "
+            "second forward pass keeps other tensors than the compiled first one. Remove one of the two.",
+        )
+    if draft["zero_stage"] == 3:
+        draft.problem(
+            "torch_compile",
+            f"torch_compile = true does not work with ZeRO stage 3 ({draft.place('zero_stage')}), which fetches "
+            "weights in the middle of a block. Use stage 1 or 2, or remove torch_compile.",
+        )
+
+
 def check_allreduce(draft: Draft) -> None:
     """Gradients travel in one format."""
     travelling = draft["communication_data_type"]
@@ -335,6 +353,7 @@ RULES = (
     check_gelu,
     check_zero,
     check_allreduce,
+    check_compile,
     check_stages,
     check_tasks,
     check_learning_rate,

@@ -26,7 +26,7 @@ from megatron.engine.modules import (
     stage_fillers,
 )
 from megatron.engine.options import EngineOptions, LossNormalization, deepspeed_config
-from megatron.model.build import NO_RECOMPUTE, Transformer
+from megatron.model.build import NO_RECOMPUTE, Transformer, is_block
 from megatron.model.init import initialize_parameters
 from megatron.model.recompute import Recompute
 from megatron.model.spec import ModelSpec
@@ -86,6 +86,7 @@ class TrainEngine:
         seed: int,
         device: torch.device,
         recompute: Recompute = NO_RECOMPUTE,
+        compile_blocks: bool = False,
     ) -> None:
         self.spec, self.groups, self.options, self.device = spec, groups, options, device
         self.is_staged = groups.topology.pp_size > 1
@@ -97,6 +98,11 @@ class TrainEngine:
                 if self.is_staged
                 else LossModule(Transformer(spec, groups, self.stream, recompute))
             )
+        if compile_blocks:
+            # Block by block: all share one graph, and what DeepSpeed does between layers stays outside of it.
+            for layer in self.module.modules():
+                if is_block(layer):
+                    layer.compile(dynamic=False)
         self.named_parameters = public_names(self.module)
         initialize_parameters(self.named_parameters, spec, groups, seed)
         num_parameters = sum(parameter.numel() for _, parameter in self.named_parameters)

@@ -67,7 +67,9 @@ class Dropout:
 
     def drawing(self) -> contextlib.AbstractContextManager[None]:
         """Within, torch draws from the right stream."""
-        return contextlib.nullcontext() if self.stream is None else self.stream.switched_in()
+        if self.stream is None or not self.probability:
+            return contextlib.nullcontext()
+        return self.stream.switched_in()
 
 
 class Norm(nn.Module):

@@ -111,6 +111,9 @@ class Attention:
     ) -> Tensor:
         """Shapes as in `attention`. Causal without a mask; a mask alone decides what is seen (but for the window)."""
         dropout_p = self.dropout if training else 0.0
+        if torch.compiler.is_compiling() and self.asked in ("auto", "sdpa"):
+            # The table of choices is not for tracing; torch's fused attention is what a compiler knows best.
+            return _sdpa(q, k, v, mask is None, self.scale, self.window, mask, None, dropout_p)
         request = Request(
             q.device.type, q.dtype, q.shape[3], q.shape[1], k.shape[1],
             cache=q.shape[2] < k.shape[2], window=self.window is not None, mask=mask is not None, dropout=dropout_p > 0,

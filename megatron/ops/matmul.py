@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias`, with gradients. Shapes: x [..., K], weight [N, K], bias [N] -> [..., N]."""
-    if not uses_onednn(x) or x.numel() == 0:
+    # A compiler knows torch's own product and chooses its library itself.
+    if torch.compiler.is_compiling() or not uses_onednn(x) or x.numel() == 0:
         return F.linear(x, weight, bias)
     result: Tensor = _OneDnnLinear.apply(x, weight, bias)
     return result

@@ -71,6 +71,9 @@ def apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
     """
     if cos.dim() == 3:
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    if torch.compiler.is_compiling():
+        # A compiler fuses the plain formula and derives its gradient.
+        return _rotate_plainly(q, cos, sin), _rotate_plainly(k, cos, sin)
     return _Rotate.apply(q, cos, sin), _Rotate.apply(k, cos, sin)
 
 
@@ -100,3 +103,10 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         out[..., :half] = first * cos - second * sin
         out[..., half : 2 * half] = second * cos + first * sin
     return out
+
+
+def _rotate_plainly(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = cos.shape[-1]
+    first, second, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return torch.cat([part.to(x.dtype) for part in turned] + [rest], dim=-1)

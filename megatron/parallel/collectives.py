@@ -106,40 +106,40 @@ def enter_region(x: torch.Tensor, groups: ProcessGroups) -> torch.Tensor:
     """Enter layers whose features are divided over the ranks. Shapes: [B, T, H], or [B, T / tp, H] -> [B, T, H]."""
     if groups.tp is None:
         return x
-    return (_GatherThenReduceScatter if groups.sequence_parallel else _Identity).apply(x, groups)
+    return _apply(_GatherThenReduceScatter if groups.sequence_parallel else _Identity, x, groups)
 
 
 def leave_region(x: torch.Tensor, groups: ProcessGroups) -> torch.Tensor:
     """Sum the ranks' parts (x is overwritten). Shapes: [B, T, H] -> [B, T, H], or [B, T / tp, H]."""
     if groups.tp is None:
         return x
-    return (_ReduceScatterThenGather if groups.sequence_parallel else _AllReduce).apply(x.contiguous(), groups)
+    return _apply(_ReduceScatterThenGather if groups.sequence_parallel else _AllReduce, x.contiguous(), groups)
 
 
 def gather_sequence(x: torch.Tensor, groups: ProcessGroups) -> torch.Tensor:
     """Whole sequences on every rank, for a consumer whose gradient is whole on every rank as well."""
     if groups.tp is None or not groups.sequence_parallel:
         return x
-    return _GatherThenSlice.apply(x, groups)
+    return _apply(_GatherThenSlice, x, groups)
 
 
 def split_sequence(x: torch.Tensor, groups: ProcessGroups) -> torch.Tensor:
     """This rank's part of every sequence, from a tensor that is whole on every rank."""
     if groups.tp is None or not groups.sequence_parallel:
         return x
-    return _SliceThenGather.apply(x, groups)
+    return _apply(_SliceThenGather, x, groups)
 
 
 def shared_parameter(parameter: torch.Tensor, groups: ProcessGroups) -> torch.Tensor:
     """A replicated parameter where tokens are divided: each rank sees a part of its gradient, all get the sum."""
     if groups.tp is None or not groups.sequence_parallel:
         return parameter
-    return _Identity.apply(parameter, groups)
+    return _apply(_Identity, parameter, groups)
 
 
 def summed_gradient(parameter: torch.Tensor, groups: ProcessGroups) -> torch.Tensor:
     """A replicated parameter of which each rank uses another part: all get the sum of the gradients."""
-    return parameter if groups.tp is None else _Identity.apply(parameter, groups)
+    return parameter if groups.tp is None else _apply(_Identity, parameter, groups)
 
 
 def gather_last_dim(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
@@ -152,6 +152,12 @@ def gather_last_dim(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.T
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, x.contiguous(), group=group)
     return torch.cat(parts, dim=-1)
+
+
+@torch.compiler.disable
+def _apply(function: type[torch.autograd.Function], x: torch.Tensor, groups: ProcessGroups) -> torch.Tensor:
+    """Run a collective. A compiler's graph ends before it and a new one begins behind."""
+    return function.apply(x, groups)
 
 
 def _all_reduce(x: torch.Tensor, groups: ProcessGroups) -> torch.Tensor:

@@ -131,6 +131,7 @@ def build_engine(config: Config, groups: ProcessGroups, device: torch.device) ->
         seed=config.training.seed,
         device=device,
         recompute=Recompute(config.training.recompute, config.training.checkpoint_num_layers),
+        compile_blocks=config.training.torch_compile,
     )
 
 

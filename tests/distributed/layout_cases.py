@@ -74,6 +74,7 @@ class Case:
     clipping: float = 0.5
     normalization: str = "micro_batch"
     recompute: bool = False
+    compile_blocks: bool = False
     is_masked: bool = False
     # Sequences without any unmasked token at the head of a step; unset, the first micro-batch.
     masked_rows: int | None = None
@@ -144,6 +145,7 @@ def make_engine(case: Case) -> TrainEngine:
         seed=case.seed,
         device=device,
         recompute=Recompute("full" if case.recompute else "none"),
+        compile_blocks=case.compile_blocks,
     )
 
 

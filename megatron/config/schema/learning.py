@@ -93,6 +93,11 @@ class TrainingSection(Section):
         "memory until the group's own activations outweigh the inputs saved.",
         ge=1,
     )
+    torch_compile: Bool = key(
+        False,
+        "Compile every transformer block with torch.compile: a slower first step, faster ones after it.",
+        ours=True,
+    )
     recompute_activations: Recomputation = key(
         None,
         "What the backward pass computes again instead of keeping it. none; selective: attention, from its normed "

@@ -18,6 +18,8 @@ ADAM = {"type": "Adam", "params": {"lr": 1e-3}}
     ("devices", "changes", "message"),
     [
         (4, {"model_parallel_size": 4}, "num_attention_heads = 6 is not a multiple of model_parallel_size = 4"),
+        (1, {"torch_compile": True, "checkpoint_activations": True}, "does not work with recomputation"),
+        (1, {"torch_compile": True, "zero_optimization": {"stage": 3}}, "does not work with ZeRO stage 3"),
         (
             2,
             {"model_parallel_size": 2, "num_kv_heads": 3},
