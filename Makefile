@@ -38,6 +38,7 @@ lint: $(DEV_STAMP)
 	$(BIN)/python -m tests.meta.check_file_sizes
 
 reference: $(RUN_STAMP)
+	$(BIN)/python -m megatron.engine.deepspeed_keys
 	$(BIN)/python -m megatron.config.reference
 
 clean:

@@ -52,48 +52,78 @@ OPTIMIZER_PARAMS: dict[str, type[UpdateParams]] = {"adam": AdamParams, "lion": L
 
 
 def derive_precision(draft: Draft) -> None:
-    """One precision out of `precision`, `fp16` and `bf16`; a contradiction names both keys."""
-    asked: dict[str, str] = {}
-    if draft["fp16"] is not None and draft["fp16"].enabled:
-        # Old files (Pythia 1B's) ask for bfloat16 through the fp16 block.
-        old_style = draft["fp16"].type is not None and draft["fp16"].type.lower() in ("bfloat16", "bf16")
-        asked["fp16"] = "bfloat16" if old_style else "fp16"
-        if old_style:
-            draft.warn("fp16.type", "fp16.type = bfloat16 is taken as precision: bfloat16; its loss scale is not used")
-    if draft["bf16"] is not None and draft["bf16"].enabled:
-        asked["bf16"] = "bfloat16"
-    if len(set(asked.values())) == 2:
-        draft.fail(
-            "bf16", f"bf16.enabled and fp16.enabled ({draft.place('fp16')}) are both true. Keep one of the two blocks."
-        )
-    precision = draft["precision"]
-    if precision == "auto":
-        precision = "bfloat16" if draft["device"] == "cuda" else "fp32"
-        if asked and precision not in asked.values():
-            precision = next(iter(asked.values()))
-    for block, meaning in asked.items():
-        if precision not in (None, meaning):
+    """One precision out of `precision`, `fp16` and `bf16`; a contradiction names both keys and their places."""
+    asked = _asked_precisions(draft)
+    given = draft["precision"]
+    if given == "auto":
+        on_device = "bfloat16" if draft["device"] == "cuda" else "fp32"
+        given = asked[0][1] if asked else on_device
+    wishes = [*asked, *([("precision", given)] if given is not None else [])]
+    for name, meaning in wishes[1:]:
+        first, its_meaning = wishes[0]
+        if meaning != its_meaning:
             draft.fail(
-                "precision",
-                f"precision = {precision} contradicts {block}.enabled ({draft.place(block)}). Remove one of the two.",
+                name,
+                f"{_wish(draft, name)} asks for {meaning}, and {_wish(draft, first)} ({draft.place(first)}) for "
+                f"{its_meaning}. Remove one of the two.",
             )
+    precision = wishes[0][1] if wishes else "fp32"
     for block, meaning in (("fp16", "fp16"), ("bf16", "bfloat16")):
-        if block not in asked and precision == meaning and draft[block] is not None and not draft[block].enabled:
+        if precision == meaning and draft[block] is not None and not _is_on(draft, block):
             draft.fail(
-                "precision",
-                f"precision = {precision} contradicts {block}.enabled = false ({draft.place(block)}). Remove one of "
-                "the two.",
+                wishes[0][0],
+                f"{_wish(draft, wishes[0][0])} contradicts {block}.enabled = false "
+                f"({draft.place(f'{block}.enabled')}). Remove one of the two.",
             )
-    precision = precision or next(iter(asked.values()), "fp32")
     if draft["precision"] in (None, "auto"):
-        draft.origins["precision"] = (
-            f"derived from {next(iter(asked), draft['device'] if draft['precision'] else 'the default')}"
-        )
+        default = draft["device"] if draft["precision"] else "the default"
+        draft.origins["precision"] = f"derived from {asked[0][0] if asked else default}"
     draft.values["precision"] = precision
     if precision == "fp16":
         draft.derive("fp16", Fp16Block(enabled=True), "precision")
     if precision == "bfloat16":
         draft.derive("bf16", Bf16Block(enabled=True), "precision")
+
+
+def _asked_precisions(draft: Draft) -> list[tuple[str, str]]:
+    """What the blocks ask for: (dotted key, precision), old spellings included."""
+    asked = []
+    fp16 = draft["fp16"]
+    if fp16 is not None and fp16.fp16 is not None and "enabled" in fp16.model_fields_set and fp16.fp16 != fp16.enabled:
+        draft.fail(
+            "fp16.fp16",
+            f"fp16.fp16 = {str(fp16.fp16).lower()} contradicts fp16.enabled = {str(fp16.enabled).lower()} "
+            f"({draft.place('fp16.enabled')}). Remove fp16.fp16.",
+        )
+    if _is_on(draft, "fp16"):
+        kind = str(fp16.type or "fp16").lower()
+        # Old files (Pythia 1B's) ask for bfloat16 through the fp16 block.
+        if kind in ("bfloat16", "bf16", "bfp16"):
+            draft.warn(
+                "fp16.type", f"fp16.type = {fp16.type} is taken as precision: bfloat16; its loss scale is not used"
+            )
+            asked.append(("fp16.type", "bfloat16"))
+        elif kind in ("fp16", "float16", "half"):
+            asked.append(("fp16.enabled", "fp16"))
+        else:
+            draft.fail("fp16.type", f'fp16.type = "{fp16.type}" is not one of fp16, bfloat16. Remove it.')
+    if _is_on(draft, "bf16"):
+        asked.append(("bf16.enabled", "bfloat16"))
+    return asked
+
+
+def _is_on(draft: Draft, block: str) -> bool:
+    value = draft[block]
+    if value is None:
+        return False
+    return bool(value.fp16 if block == "fp16" and value.fp16 is False else value.enabled)
+
+
+def _wish(draft: Draft, name: str) -> str:
+    """`bf16.enabled = true`, as the user may have written it."""
+    if name == "precision":
+        return f"precision = {draft['precision']}"
+    return f"fp16.type = {draft['fp16'].type}" if name == "fp16.type" else f"{name} = true"
 
 
 def derive_zero(draft: Draft) -> None:

@@ -16,15 +16,24 @@ from megatron.common.errors import ConfigError
 from megatron.config.derive import DERIVATIONS
 from megatron.config.draft import Draft, did_you_mean
 from megatron.config.files import require_inputs
+from megatron.config.former_keys import GONE
 from megatron.config.layout import Machine, derive_batch, derive_world
-from megatron.config.messages import plain_message
+from megatron.config.merge import Merged
+from megatron.config.messages import plain_message, show
 from megatron.config.resolved import Config, SourceFile
 from megatron.config.rules import RULES
 from megatron.config.schema import FIELDS, SECTION_OF, SECTIONS, field_extra
 from megatron.config.source import Source, read_source
-from megatron.config.upstream_keys import EVERY_OTHER_KEY, NO_EFFECT, NOT_YET, NOT_YET_VALUES, SET_BY_PROGRAM
+from megatron.config.upstream_keys import (
+    EVERY_OTHER_KEY,
+    MEANWHILE,
+    NO_EFFECT,
+    NOT_YET,
+    NOT_YET_VALUES,
+    REFUSED,
+    SET_BY_PROGRAM,
+)
 
-COMMAND_LINE = "command line"
 INFERENCE: dict[str, Any] = {
     "pipe_parallel_size": 1,
     "train_batch_size": None,
@@ -60,17 +69,19 @@ def load(
     Raises: ConfigError listing all problems.
     """
     sources = [read_source(find_file(name, conf_dir)) for name in files]
-    problems = [problem for source in sources for problem in source.problems]
-    merged, origins = _merge(sources, problems)
-    _apply_overrides(merged, origins, overrides or {})
+    merged = Merged(problems=[problem for source in sources for problem in source.problems])
+    for source in sources:
+        merged.add_source(source)
+    merged.override(overrides or {})
+    merged.move_out_of_extra_args()
     if inference:
-        _apply_overrides(merged, origins, INFERENCE, "generation and evaluation")
-    draft = Draft({}, set(), origins, [source.name for source in sources], inference, problems=problems)
-    _sort_names(draft, merged)
-    _coerce(draft, merged)
-    _derive(
-        draft, Machine(devices, planning, single_replica=inference and merged.get("text_gen_type") == "interactive")
-    )
+        merged.override(INFERENCE, "generation and evaluation")
+    draft = Draft({}, set(), merged.origins, [source.name for source in sources], inference)
+    draft.problems, draft.warnings = merged.problems, merged.warnings
+    _sort_names(draft, merged.values)
+    _coerce(draft, merged.values)
+    is_interactive = inference and merged.values.get("text_gen_type") == "interactive"
+    _derive(draft, Machine(devices, planning, single_replica=is_interactive))
     for rule in RULES:
         draft.run(rule)
     if draft.problems:
@@ -98,45 +109,6 @@ def find_file(name: str | Path, conf_dir: str | Path | None = None) -> Path:
     raise ConfigError(f"{path}: there is no such configuration file (looked from {Path.cwd()}).{hint}")
 
 
-def _merge(sources: list[Source], problems: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    values: dict[str, Any] = {}
-    origins: dict[str, str] = {}
-    for source in sources:
-        for name, value in source.values.items():
-            # A key that comes from a `<<` merge has no line of its own.
-            line = source.lines.get(name)
-            place = f"{source.name}:{line}" if line else source.name
-            if name in values:
-                problems.append(f"{place}: {name} is also set in {origins[name]}. Keep one of the two.")
-                continue
-            values[name] = value
-            origins[name] = place
-            prefix = f"{name}."
-            origins.update({key: f"{source.name}:{n}" for key, n in source.lines.items() if key.startswith(prefix)})
-    return values, origins
-
-
-def _apply_overrides(
-    values: dict[str, Any], origins: dict[str, str], overrides: Mapping[str, Any], where: str = COMMAND_LINE
-) -> None:
-    for dotted, value in overrides.items():
-        name, *rest = dotted.split(".")
-        name = name.replace("-", "_")
-        if not rest:
-            values[name] = value
-            for key in [key for key in origins if key.startswith(f"{name}.")]:
-                del origins[key]
-            origins[name] = f"{where} ({name})"
-            continue
-        block = values[name] = dict(values[name]) if isinstance(values.get(name), dict) else {}
-        for part in rest[:-1]:
-            block[part] = dict(block[part]) if isinstance(block.get(part), dict) else {}
-            block = block[part]
-        block[rest[-1]] = value
-        origins[".".join([name, *rest])] = f"{where} ({dotted})"
-        origins.setdefault(name, f"{where} ({dotted})")
-
-
 def _sort_names(draft: Draft, values: dict[str, Any]) -> None:
     """Take out of `values` what is no key of the schema, and say what becomes of it."""
     idle: dict[str, list[str]] = {}
@@ -150,19 +122,31 @@ def _sort_names(draft: Draft, values: dict[str, Any]) -> None:
         elif name in NO_EFFECT:
             del values[name]
             neutral, reason = NO_EFFECT[name]
-            if value is not None and value not in (neutral if isinstance(neutral, tuple) else (neutral,)):
+            if not _is_neutral(value, neutral if isinstance(neutral, tuple) else (neutral,)):
                 idle.setdefault(reason, []).append(f"{name} ({draft.place(name)})")
+        elif name in REFUSED:
+            del values[name]
+            neutral_values, reason = REFUSED[name]
+            if not _is_neutral(value, neutral_values):
+                draft.problem(name, f"{name} = {show(value)}: {reason}.")
         elif name in NOT_YET:
             del values[name]
             neutral_values, feature = NOT_YET[name]
-            switched_off = isinstance(value, dict) and value.get("enabled") is False
-            if value is not None and value not in neutral_values and not switched_off:
-                draft.problem(name, f"{name} = {value}: {feature} is not supported yet. Remove the key.")
+            if not _is_neutral(value, neutral_values):
+                advice = MEANWHILE.get(feature, "Remove the key.")
+                draft.problem(name, f"{name} = {show(value)}: {feature} is not supported yet. {advice}")
+        elif name in GONE:
+            del values[name]
+            draft.problem(name, f"{name} is no key of this version: {GONE[name]}.")
         elif name not in FIELDS:
             del values[name]
             draft.problem(name, f"unknown key {name}.{did_you_mean(name, [*FIELDS, *EVERY_OTHER_KEY])}")
     for reason, names in idle.items():
         draft.warnings.append(f"{', '.join(names)}: no effect here, {reason}")
+
+
+def _is_neutral(value: Any, neutral_values: tuple[Any, ...]) -> bool:
+    return value is None or value in neutral_values or (isinstance(value, dict) and value.get("enabled") is False)
 
 
 def _coerce(draft: Draft, values: dict[str, Any]) -> None:

@@ -39,7 +39,7 @@ def plain_message(dotted: str, item: Mapping[str, Any], section: type[BaseModel]
         block, name = dotted.rsplit(".", 1) if "." in dotted else ("", dotted)
         known = _fields_of(section, block.split("."))
         return f"unknown key {name} in {block}.{did_you_mean(name, known)} Known: {', '.join(known)}."
-    given = f"{dotted} = {_show(item.get('input'))}"
+    given = f"{dotted} = {show(item.get('input'))}"
     if kind == "literal_error":
         choices = choices_of(section, dotted) or tuple(str(context.get("expected", "")).replace("'", "").split(", "))
         return f"{given} is not one of {', '.join(choices)}.{did_you_mean(str(item.get('input')), choices)}"
@@ -57,7 +57,8 @@ def plain_message(dotted: str, item: Mapping[str, Any], section: type[BaseModel]
     return f"{given}: {item['msg']}."
 
 
-def _show(value: Any) -> str:
+def show(value: Any) -> str:
+    """A value as the user may have written it, shortened where it is long."""
     if isinstance(value, bool):
         return str(value).lower()
     text = f'"{value}"' if isinstance(value, str) else str(value)

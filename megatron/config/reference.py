@@ -17,8 +17,12 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from megatron.common.files import atomic_write_text
-from megatron.config.schema import SECTIONS, field_extra
-from megatron.config.upstream_keys import NO_EFFECT, NOT_YET, NOT_YET_VALUES, SET_BY_PROGRAM
+from megatron.config.deepspeed_blocks import PLAIN_BLOCKS, REFUSED_NAMES, REMOVED, table
+from megatron.config.deepspeed_blocks import REFUSED as DEEPSPEED_REFUSED
+from megatron.config.editor_schema import editor_schema
+from megatron.config.former_keys import GONE, RENAMED
+from megatron.config.schema import SECTIONS
+from megatron.config.upstream_keys import MEANWHILE, NO_EFFECT, NOT_YET, NOT_YET_VALUES, REFUSED, SET_BY_PROGRAM
 
 PAGE, SCHEMA = "neox_arguments.md", "schema.json"
 
@@ -46,9 +50,19 @@ def reference_page() -> str:
         for name, field in section.model_fields.items():
             for block in _blocks(field):
                 lines += [f"### {name}", "", _first_line(block), "", *_table(block), ""]
-    lines += ["## Upstream keys without effect here", "", "Accepted, with a note where they ask for something.", ""]
+    lines += _upstream_tables()
+    lines += _deepspeed_table()
+    return "\n".join(lines) + "\n"
+
+
+def _upstream_tables() -> list[str]:
+    """What becomes of upstream's keys that are none of the schema's."""
+    lines = ["## Upstream keys without effect here", "", "Accepted, with a note where they ask for something.", ""]
     lines += ["| key | asks for nothing | why |", "| --- | --- | --- |"]
     lines += [f"| `{name}` | `{_yaml(neutral)}` | {reason} |" for name, (neutral, reason) in sorted(NO_EFFECT.items())]
+    lines += ["", "## Upstream keys that are refused", "", "Unless they have the value given here.", ""]
+    lines += ["| key | accepted | why, and what to use |", "| --- | --- | --- |"]
+    lines += [f"| `{name}` | `{_yaml(values[0])}` | {why} |" for name, (values, why) in sorted(REFUSED.items())]
     lines += [
         "",
         "## Upstream keys that are not supported yet",
@@ -56,46 +70,44 @@ def reference_page() -> str:
         "Refused, unless they have the value given here.",
         "",
     ]
-    lines += ["| key | accepted | belongs to |", "| --- | --- | --- |"]
-    lines += [f"| `{name}` | `{_yaml(values[0])}` | {what} |" for name, (values, what) in sorted(NOT_YET.items())]
+    lines += ["| key | accepted | belongs to | meanwhile |", "| --- | --- | --- | --- |"]
+    for name, (values, what) in sorted(NOT_YET.items()):
+        lines.append(f"| `{name}` | `{_yaml(values[0])}` | {what} | {MEANWHILE.get(what, '')} |")
+    lines += ["", "## Upstream keys that the program sets", "", "Refused in a file.", ""]
+    lines += ["| key | set instead |", "| --- | --- |"]
+    lines += [f"| `{name}` | {f'`{instead}`' if instead else ''} |" for name, instead in sorted(SET_BY_PROGRAM.items())]
     lines += [
         "",
-        "## Upstream keys that the program sets",
+        "## Keys of other versions and forks",
         "",
-        "Refused in a file.",
+        "Read under their present name, or refused with advice.",
         "",
-        "| key | set instead |",
-        "| --- | --- |",
     ]
-    lines += [f"| `{name}` | {f'`{instead}`' if instead else ''} |" for name, instead in sorted(SET_BY_PROGRAM.items())]
-    return "\n".join(lines) + "\n"
+    lines += ["| key | |", "| --- | --- |"]
+    lines += [f"| `{name}` | read as `{now}` |" for name, now in sorted(RENAMED.items())]
+    return lines + [f"| `{name}` | {advice} |" for name, advice in sorted(GONE.items())]
 
 
-def editor_schema() -> str:
-    """A JSON schema for editors: `# yaml-language-server: $schema=schema.json` as a file's first line."""
-    properties: dict[str, Any] = {}
-    definitions: dict[str, Any] = {}
-    for section in SECTIONS.values():
-        schema = section.model_json_schema()
-        definitions.update(schema.get("$defs", {}))
-        for name, described in schema.get("properties", {}).items():
-            if field_extra(name, "derived"):
-                continue
-            kept = {key: value for key, value in described.items() if key not in ("title", "ours", "deepspeed")}
-            properties[name] = kept
-    for name, (_, reason) in NO_EFFECT.items():
-        properties[name] = {"description": f"No effect: {reason}.", "deprecated": True}
-    for name, (values, what) in NOT_YET.items():
-        properties[name] = {"description": f"Not supported yet: {what}.", "enum": [*values, None], "deprecated": True}
-    content = {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "Training configuration",
-        "type": "object",
-        "properties": properties,
-        "additionalProperties": False,
-        "$defs": definitions,
-    }
-    return json.dumps(content, indent=1) + "\n"
+def _deepspeed_table() -> list[str]:
+    """What may stand in DeepSpeed's blocks."""
+    version, keys = table()["deepspeed"], table()["keys"]
+    lines = [
+        "",
+        "## DeepSpeed's blocks",
+        "",
+        f"Checked against DeepSpeed {version}. What has a key of its own above may",
+    ]
+    lines += ["stand in `deepspeed_extra_args` as well, as upstream's files have it.", ""]
+    lines += ["| block | names |", "| --- | --- |"]
+    for block in ("zero_optimization", *PLAIN_BLOCKS, "comet", "timers", "pipeline"):
+        names = [name for name in keys[block].get("keys", ()) if f"{block}.{name}" not in REFUSED_NAMES]
+        lines.append(f"| `{block}` | {', '.join(f'`{name}`' for name in names)} |")
+    lines += ["", "Refused in them:", "", "| name | accepted | why, and what to use |", "| --- | --- | --- |"]
+    for name, (values, why) in sorted(DEEPSPEED_REFUSED.items()):
+        shown = f"`{_yaml(values[0])}`" if values else ""
+        lines.append(f"| `{name}` | {shown} | {why} |")
+    removed = [*table()["removed"], *(f"zero_optimization.{name}" for name in table()["removed_zero"])]
+    return lines + [f"| `{name}` | | gone from DeepSpeed. {REMOVED.get(name, '')} |" for name in removed]
 
 
 def _table(section: type[BaseModel]) -> Iterable[str]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 import re
 
+from megatron.config.deepspeed_blocks import check_deepspeed_blocks
 from megatron.config.draft import Draft
-from megatron.config.schema import FIELDS, field_extra
 
 
 def check_heads(draft: Draft) -> None:
@@ -119,7 +119,11 @@ def check_zero(draft: Draft) -> None:
     if (
         block is not None
         and block.stage < 3
-        and (block.cpu_offload_params or (block.offload_param and block.offload_param.device != "none"))
+        and (
+            block.cpu_offload_param
+            or block.cpu_offload_params
+            or (block.offload_param and block.offload_param.device != "none")
+        )
     ):
         draft.problem(
             "zero_optimization",
@@ -304,16 +308,9 @@ def check_split(draft: Draft) -> None:
 
 
 def check_deepspeed(draft: Draft) -> None:
-    """DeepSpeed is the engine, and what has a key of its own does not hide in its extra arguments."""
+    """DeepSpeed is the engine."""
     if not draft["deepspeed"]:
         draft.problem("deepspeed", "deepspeed = false: training always runs over DeepSpeed. Remove the key.")
-    names = {field_extra(name, "deepspeed"): name for name in FIELDS if field_extra(name, "deepspeed")}
-    for name in draft["deepspeed_extra_args"] or {}:
-        if name in names:
-            draft.problem(
-                f"deepspeed_extra_args.{name}",
-                f"deepspeed_extra_args.{name} has a key of its own. Move it out of the block, to {names[name]}.",
-            )
 
 
 def check_hosts(draft: Draft) -> None:
@@ -363,6 +360,7 @@ RULES = (
     check_epochs,
     check_split,
     check_deepspeed,
+    check_deepspeed_blocks,
 )
 
 

@@ -85,13 +85,24 @@ def parse_source(name: str, text: str) -> Source:
     return source
 
 
-def parse_value(text: str) -> Any:
-    """The value of `--set key=text`, by the same rules as in a file."""
+def parse_value(text: str, where: str = "command line") -> Any:
+    """The value of `--set key=text`, by the same rules as in a file.
+
+    Text that is no YAML, such as `@run`, stands for itself. Raises: ConfigError for a list or block that does not end,
+    or that sets a key twice.
+    """
+    source = Source(where, text)
     try:
         node = yaml.compose(text, Loader=_LOADER)
-    except yaml.YAMLError:
+    except yaml.YAMLError as error:
+        if text.lstrip().startswith(("[", "{")):
+            problem = getattr(error, "problem", None) or error
+            raise ConfigError(f"{where}: not valid YAML: {problem}. Quote the whole argument for the shell.") from error
         return text
-    return None if node is None else _Builder(Source("command line", text)).value(node, "")
+    value = None if node is None else _Builder(source).value(node, "")
+    if source.problems:
+        raise ConfigError("\n".join(source.problems))
+    return value
 
 
 def _tab_hint(text: str, error: yaml.MarkedYAMLError) -> str:

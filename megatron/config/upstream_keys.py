@@ -1,7 +1,8 @@
 """Upstream keys that this version does not act on, and what becomes of them.
 
 NO_EFFECT: performance switches and dead keys; accepted, with a warning where they ask for something.
-NOT_YET: features that do not exist here yet; accepted only with upstream's neutral value.
+REFUSED: what this project does in another way or not at all; accepted only with upstream's neutral value.
+NOT_YET: features that do not exist here yet; likewise.
 NOT_YET_VALUES: keys of ours of which some values do not work yet.
 SET_BY_PROGRAM: upstream's internal fields, which no file should set.
 Invariant: a key is here or in the schema, never in both and never in neither.
@@ -83,7 +84,47 @@ NO_EFFECT: dict[str, tuple[Any, str]] = {
     "gradient_noise_scale_n_batches": (5, "it only serves log_gradient_noise_scale"),
     "gradient_noise_scale_cpu_offload": (False, "it only serves log_gradient_noise_scale"),
     "s3_chunk_size": (104857600, "it only serves s3_path"),
+    "scheduler": (None, "upstream does not use it either; lr_decay_style, lr_decay_iters, min_lr and warmup decide"),
+    "activation_checkpointing": (
+        None,
+        "upstream does not use it either; recompute_activations and checkpoint_num_layers decide",
+    ),
+    "checkpoint": (None, "checkpoints are not written by DeepSpeed; save and checkpoint_factor decide"),
+    "sparse_attention": (None, _DEAD),
+    "sparsity_config": (None, "it only serves the sparse kinds of attention_config"),
+    "sparse_gradients": (False, "gradients of the embedding travel dense; the results are the same"),
+    "fp16_lm_cross_entropy": (False, "the loss is computed in fp32, a few rows at a time, in less memory than in fp16"),
+    "checkpoint_validation_with_forward_pass": (
+        False,
+        "every tensor of a checkpoint has a checksum that is compared when it is read",
+    ),
     "precompute_model_name": (None, "it only serves text_gen_type: precompute"),
+}
+
+_BATCH = "A checkpoint goes on at any number of processes; set the batch keys"
+_MEANWHILE = "Remove it"
+
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    # key: (neutral values, why it is refused, and what to use)
+    "amp": ((None,), "Apex AMP is gone from DeepSpeed. Use precision: bfloat16 or precision: fp16"),
+    "elasticity": ((None,), f"elastic training is gone from DeepSpeed. {_BATCH}"),
+    "compression_training": (
+        (None,),
+        "DeepSpeed's compression library is gone. Train without, and quantize afterwards",
+    ),
+    "curriculum_learning": (
+        (None,),
+        "sequences have one length. Train with a smaller seq_length first, then continue with load and the full "
+        "seq_length (max_position_embeddings keeps the model's size)",
+    ),
+    "data_efficiency": ((None,), "the order of samples follows from seed alone. Sort or weight the data beforehand"),
+    "autotuning": ((None,), "runs are not restarted to be tuned. `./deepy.py --plan` says what fits and ranks layouts"),
+    "autotuning_run": ((None,), "runs are not restarted to be tuned. `./deepy.py --plan` says what fits"),
+    "serve_model_weights": (
+        (False,),
+        "weights are not served to other processes. Export a checkpoint with tools/ckpts/convert_neox_to_hf.py",
+    ),
+    "soft_prompt_tuning": ((None,), f"soft prompts do not exist here (upstream's cannot start either). {_MEANWHILE}"),
 }
 
 _POST = "post-training (DPO, reward models, KTO, REINFORCE)"
@@ -95,19 +136,9 @@ _PROFILE = "profiling"
 
 NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
     # key: (neutral values, what the key belongs to)
-    **dict.fromkeys(
-        ("amp", "autotuning", "elasticity", "compression_training", "data_efficiency"),
-        ((None,), "this DeepSpeed feature"),
-    ),
-    **dict.fromkeys(
-        ("curriculum_learning", "activation_checkpointing", "checkpoint", "scheduler"),
-        ((None,), "this DeepSpeed block"),
-    ),
-    **dict.fromkeys(("sparse_attention", "sparsity_config"), ((None,), "sparse attention")),
-    **dict.fromkeys(("sparse_gradients", "use_bnb_optimizer", "fp16_lm_cross_entropy"), ((False,), "this option")),
+    **dict.fromkeys(("use_bnb_optimizer",), ((False,), "this option")),
     **dict.fromkeys(("use_qk_layernorm",), ((False,), "normalised queries and keys")),
     "sliding_window_width": ((None,), "sliding-window attention"),
-    "soft_prompt_tuning": ((None,), "soft prompts"),
     **dict.fromkeys(
         ("mamba_selective_scan_fusion", "mamba_causal_conv_fusion", "mamba_inner_func_fusion"), ((False,), _MAMBA)
     ),
@@ -127,7 +158,6 @@ NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
     "moe_jitter_eps": ((None,), _MOE),
     **dict.fromkeys(("override_lr_scheduler", "use_checkpoint_lr_scheduler"), ((False,), "choosing between schedules")),
     "s3_path": ((None,), "S3 storage"),
-    "checkpoint_validation_with_forward_pass": ((False,), "this check"),
     "char_level_ppl": ((False,), "perplexity per character"),
     **dict.fromkeys(("use_mup", "coord_check", "save_base_shapes"), ((False,), _MUP)),
     "base_shapes_file": ((None,), _MUP),
@@ -148,11 +178,9 @@ NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
     "kl_impl": (("mse",), _POST),
     "online_dataserver_ips": (("localhost",), _POST),
     "online_dataserver_ports": ((10000,), _POST),
-    "serve_model_weights": ((False,), "serving weights to another process"),
     **dict.fromkeys(("log_grad_pct_zeros", "log_param_norm", "log_optimizer_states"), ((False,), "this statistic")),
     "log_gradient_noise_scale": ((False,), "the gradient noise scale"),
     **dict.fromkeys(("memory_profiling", "profile"), ((False,), _PROFILE)),
-    "autotuning_run": ((None,), "autotuning"),
     **dict.fromkeys(("comment", "account"), ((None,), "starting Slurm jobs; give it to srun or sbatch")),
 }
 
@@ -181,4 +209,14 @@ SET_BY_PROGRAM: dict[str, str] = {
     "comet_experiment": "comet_experiment_name",
 }
 
-EVERY_OTHER_KEY = frozenset((*NO_EFFECT, *NOT_YET, *SET_BY_PROGRAM))
+# What to do until a feature is there, by what NOT_YET calls it; elsewhere: remove the key.
+MEANWHILE: dict[str, str] = {
+    _POST: "Fine-tune on labels with train_label_data_paths, or leave train_impl at normal.",
+    "pairwise data": "Fine-tune on labels with train_label_data_paths.",
+    _MAMBA: "Use attention_config with global or flash.",
+    _MOE: "Use a dense model: moe_num_experts: 1.",
+    _TE: "Remove the te_ keys: the layers are the same function, with names as without Transformer Engine.",
+    _MUP: "Remove the mup keys, and set optimizer.params.lr and init_method_std for this width.",
+}
+
+EVERY_OTHER_KEY = frozenset((*NO_EFFECT, *REFUSED, *NOT_YET, *SET_BY_PROGRAM))

@@ -33,6 +33,7 @@ class EngineOptions:
     num_micro_batches: int
     precision: Precision = "fp32"
     fp16: Mapping[str, Any] = field(default_factory=dict)
+    bf16: Mapping[str, Any] = field(default_factory=dict)
     gradient_clipping: float = 1.0
     zero_stage: int = 1
     zero: Mapping[str, Any] = field(default_factory=dict)
@@ -72,11 +73,11 @@ def deepspeed_config(options: EngineOptions, groups: ProcessGroups, num_paramete
     }
     if groups.sequence_parallel:
         # DeepSpeed would send each tensor-parallel rank's part of "the same" activation: here they are different ones.
-        config["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
+        config["pipeline"] = {**config.get("pipeline", {}), "pipe_partitioned": False, "grad_partitioned": False}
     if options.precision == "bfloat16":
         # The default accumulates gradients in bf16, which loses small micro-batch contributions.
-        config["bf16"] = {"enabled": True}
-        config.setdefault("data_types", {"grad_accum_dtype": "fp32"})
+        config["bf16"] = {**options.bf16, "enabled": True}
+        config["data_types"] = {"grad_accum_dtype": "fp32", **config.get("data_types", {})}
     elif options.precision == "fp16":
         config["fp16"] = {**options.fp16, "enabled": True}
     return config

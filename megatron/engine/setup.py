@@ -18,11 +18,14 @@ def engine_options(config: Config) -> EngineOptions:
     zero: dict[str, Any] = {}
     if config.zero.zero_optimization is not None:
         zero = config.zero.zero_optimization.model_dump(exclude_defaults=True, exclude=set(_OWN_ZERO_KEYS))
+        if zero.pop("cpu_offload_params", False):
+            zero["cpu_offload_param"] = True
     return EngineOptions(
         micro_batch_size=batch.train_micro_batch_size_per_gpu,
         num_micro_batches=batch.gradient_accumulation_steps,
         precision=precision.precision,
         fp16=precision.fp16.model_dump(exclude_defaults=True, exclude={"type", "fp16"}) if precision.fp16 else {},
+        bf16=precision.bf16.model_dump(exclude_defaults=True) if precision.bf16 else {},
         gradient_clipping=config.optimizer.gradient_clipping,
         zero_stage=config.zero.stage,
         zero=zero,

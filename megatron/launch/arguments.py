@@ -9,6 +9,7 @@ import argparse
 from typing import Any, NoReturn
 
 from megatron.common.errors import ConfigError
+from megatron.config.merge import Setting
 from megatron.config.source import parse_value
 
 # Flag -> configuration key, where the flag sets one; upstream's names.
@@ -51,13 +52,20 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def overrides_of(options: argparse.Namespace) -> dict[str, Any]:
-    """Keys and values that the flags set. Raises: ConfigError for a --set without `=`."""
-    values = {
-        key: getattr(options, flag) for flag, key in OVERRIDING_FLAGS.items() if getattr(options, flag) is not None
+    """Keys and values that the flags set, each a `Setting`. Raises: ConfigError for a --set that cannot be read."""
+    values: dict[str, Any] = {
+        key: Setting(getattr(options, flag), f"--{flag}")
+        for flag, key in OVERRIDING_FLAGS.items()
+        if getattr(options, flag) is not None
     }
     for assignment in options.set:
-        key, equals, text = assignment.partition("=")
-        if not equals or not key.strip():
-            raise ConfigError(f"--set {assignment}: write KEY=VALUE, for example --set optimizer.params.lr=1e-4")
-        values[key.strip()] = parse_value(text)
+        where = f"--set {assignment}"
+        spelt, equals, text = assignment.partition("=")
+        first, *rest = spelt.strip().split(".")
+        if not equals or not first:
+            raise ConfigError(f"{where}: write KEY=VALUE, for example --set optimizer.params.lr=1e-4")
+        key = ".".join((first.replace("-", "_"), *rest))
+        if key in values:
+            raise ConfigError(f"{where}: {key} is also set by {values[key].where}. Keep one of the two.")
+        values[key] = Setting(parse_value(text, where), where)
     return values

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import ConfigDict
+
 from megatron.config.schema.base import Block, Bool, Float, Int, Section, key
 
 
@@ -66,21 +68,25 @@ class Fp16Block(Block):
 
     enabled: Bool = key(True, "Train in fp16.")
     type: str | None = key(None, "Remnant of old files: fp16, or bfloat16 to mean precision: bfloat16.")
-    fp16: Bool | None = key(None, "Remnant of old files; only true is possible.")
+    fp16: Bool | None = key(None, "Remnant of old files: the same as enabled.")
     auto_cast: Bool | None = key(None, "Cast floating-point inputs to fp16.")
     loss_scale: Float = key(0, "Fixed loss scale; 0 means dynamic.", ge=0)
-    loss_scale_window: Float = key(1000, "Steps without overflow before the scale doubles.", gt=0)
+    loss_scale_window: Int = key(1000, "Steps without overflow before the scale doubles.", gt=0)
     initial_scale_power: Int = key(16, "The first dynamic scale is 2 to this power.", ge=0)
     hysteresis: Int = key(2, "Overflows in a row before the scale halves.", ge=1)
     consecutive_hysteresis: Bool = key(False, "Refill the hysteresis after every step without overflow.")
-    min_loss_scale: Float = key(1, "The scale never falls below this.", gt=0)
+    min_loss_scale: Int = key(1, "The scale never falls below this.", gt=0)
+    fp16_master_weights_and_grads: Bool = key(False, "Only false: master weights are kept in fp32.")
 
 
 class Bf16Block(Block):
     """Training in bfloat16."""
 
     enabled: Bool = key(True, "Train in bfloat16.")
-    immediate_grad_update: Bool | None = key(None, "Passed to DeepSpeed.")
+    immediate_grad_update: Bool | None = key(None, "Update the gradients' fp32 sum as they come, not at the step.")
+    check_grad_overflow: Bool | None = key(None, "Look for overflow before every step.")
+    bf16_master_weights_and_grads: Bool = key(False, "Only false: master weights are kept in fp32.")
+    bf16_optimizer_states: Bool = key(False, "Only false: optimizer states are kept in fp32.")
 
 
 if TYPE_CHECKING:
@@ -108,7 +114,13 @@ class PrecisionSection(Section):
     )
 
 
-class OffloadBlock(Block):
+class OpenBlock(Block):
+    """A block whose further names are DeepSpeed's own, checked by `config.deepspeed_blocks`."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class OffloadBlock(OpenBlock):
     """Where ZeRO parks what it does not need at the moment."""
 
     device: Literal["none", "cpu", "nvme"] = key("none", "none or cpu; nvme is not supported yet.")
@@ -123,7 +135,7 @@ class OffloadBlock(Block):
     ratio: Float | None = key(None, "Part of the optimizer's work done on the CPU.")
 
 
-class ZeroBlock(Block):
+class ZeroBlock(OpenBlock):
     """DeepSpeed's `zero_optimization`."""
 
     stage: Int = key(0, "1 partitions optimizer states, 2 gradients too, 3 weights too. 0 runs as 1.", ge=0, le=3)
@@ -134,7 +146,8 @@ class ZeroBlock(Block):
     reduce_bucket_size: Int = key(500_000_000, "Elements reduced at once.", gt=0)
     contiguous_gradients: Bool = key(False, "Copy gradients into one buffer as they come.")
     cpu_offload: Bool = key(False, "Old spelling of offload_optimizer: {device: cpu}.")
-    cpu_offload_params: Bool = key(False, "Old spelling of offload_param: {device: cpu}.")
+    cpu_offload_param: Bool = key(False, "Old spelling of offload_param: {device: cpu}.")
+    cpu_offload_params: Bool = key(False, "The same.")
     offload_optimizer: OffloadBlock | None = key(
         None, "Keep optimizer states and fp32 weights in the host's memory, and update there."
     )

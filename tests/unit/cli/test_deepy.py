@@ -155,7 +155,7 @@ def test_upstream_flags_become_keys(folder: Path) -> None:
         (
             ("train.py", "my", "-H", "hosts"),
             3,
-            "command line (hostfile): hostfile = hosts: starting processes on other",
+            "--hostfile: hostfile = hosts: starting processes on other",
         ),
         (("train.py", "my", "-H", "absent"), 2, "hostfile = absent cannot be read"),
         (("train.py", "my", "--set", "data_path=e"), 4, "e.bin and e.idx not found"),
@@ -163,7 +163,7 @@ def test_upstream_flags_become_keys(folder: Path) -> None:
         (
             ("train.py", "my", "--set", "num_layerz=2"),
             2,
-            "command line (num_layerz): unknown key num_layerz. Did you mean",
+            "--set num_layerz=2: unknown key num_layerz. Did you mean",
         ),
     ],
 )

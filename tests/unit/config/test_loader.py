@@ -36,7 +36,7 @@ def test_all_problems_at_once_each_with_its_line(write: Write) -> None:
         4: "num_kv_heads = 4 does not divide num_attention_heads = 6. Use a divisor of 6 (3 or 6 are nearest), "
         "or remove the key for multi-head attention.",
         6: "unknown key hiden_dropout. Did you mean hidden_dropout?",
-        7: "moe_num_experts = 8: mixture of experts is not supported yet. Remove the key.",
+        7: "moe_num_experts = 8: mixture of experts is not supported yet. Use a dense model: moe_num_experts: 1.",
         8: 'norm = "batchnorm" is not one of layernorm, rmsnorm.',
         9: "train_iters = [3] must be a whole number.",
     }
@@ -70,7 +70,7 @@ def test_overrides_win_and_reach_into_blocks(write: Write) -> None:
     path = write("my.yml", BASE + "optimizer:\n  type: Adam\n  params:\n    lr: 1.0e-3\n    eps: 1.0e-6\n")
     config = load([path], {"optimizer.params.lr": 1e-4, "hidden-size": 96}, devices=1)
     assert (config.optimizer.lr, config.optimizer.eps, config.model.hidden_size) == (1e-4, 1e-6, 96)
-    assert config.origin("hidden_size") == "command line (hidden_size)"
+    assert config.origin("hidden_size") == "command line (hidden-size)"
     assert "command line" in config.origin("optimizer.params.lr")
     assert config.origin("optimizer.params.eps") == f"{path}:10"
     assert config.origin("seed") == "default"

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron.config.reference import PAGE, SCHEMA, editor_schema, reference_page
+from megatron.config.editor_schema import editor_schema
+from megatron.config.former_keys import RENAMED
+from megatron.config.reference import PAGE, SCHEMA, reference_page
 from megatron.config.schema import FIELDS, field_extra
 from megatron.config.upstream_keys import EVERY_OTHER_KEY, SET_BY_PROGRAM
 
@@ -30,5 +32,6 @@ def test_every_key_has_a_line_and_a_sentence() -> None:
 def test_editor_schema_takes_what_the_loader_takes() -> None:
     schema = json.loads(editor_schema())
     expected = {name for name in FIELDS if not field_extra(name, "derived")} | (EVERY_OTHER_KEY - set(SET_BY_PROGRAM))
+    expected |= set(RENAMED)
     assert set(schema["properties"]) == expected
     assert schema["additionalProperties"] is False

@@ -9,11 +9,11 @@ import pytest
 
 from megatron.config import Config
 from megatron.config.schema import FIELDS
-from megatron.config.upstream_keys import EVERY_OTHER_KEY, NO_EFFECT, NOT_YET, NOT_YET_VALUES, SET_BY_PROGRAM
+from megatron.config.upstream_keys import EVERY_OTHER_KEY, NO_EFFECT, NOT_YET, NOT_YET_VALUES, REFUSED, SET_BY_PROGRAM
 
 
 def test_no_key_is_in_two_tables() -> None:
-    tables = [set(FIELDS), set(NO_EFFECT), set(NOT_YET), set(SET_BY_PROGRAM)]
+    tables = [set(FIELDS), set(NO_EFFECT), set(REFUSED), set(NOT_YET), set(SET_BY_PROGRAM)]
     assert sum(map(len, tables)) == len(set().union(*tables))
     assert set(FIELDS) >= set(NOT_YET_VALUES)
     assert not set(FIELDS) & EVERY_OTHER_KEY
@@ -51,6 +51,14 @@ def test_not_yet_is_refused_unless_neutral(tiny: Callable[..., Config], refused:
 
 def test_a_block_that_is_switched_off_is_neutral(tiny: Callable[..., Config]) -> None:
     assert tiny(curriculum_learning={"enabled": False}, amp={"enabled": False}).parallel.world_size == 1
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_refused_with_a_reason(tiny: Callable[..., Config], refused: Callable[..., str], name: str) -> None:
+    neutral, reason = REFUSED[name]
+    assert not tiny(**{name: neutral[0]}).warnings
+    assert f"{name} = {str(another(neutral[0])).lower()}" in refused(**{name: another(neutral[0])}).replace('"', "")
+    assert reason in refused(**{name: {"enabled": True}})
 
 
 @pytest.mark.parametrize("name", sorted(SET_BY_PROGRAM))
