@@ -18,7 +18,9 @@ def project_files(root: Path = ROOT, folders: tuple[str, ...] = _FOLDERS) -> Ite
     """Files at the top and in the project's folders."""
     for top in root.iterdir():
         if top.is_file():
-            yield top
+            # In a linked worktree .git is a file, not a folder.
+            if top.name != ".git":
+                yield top
         elif top.name in folders:
             yield from (path for path in top.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
 
