@@ -8,6 +8,7 @@ arise. Invariant: every exit code below is unique and listed in README.md.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -61,8 +62,23 @@ class ReplicaError(MegatronError):
     exit_code = 8
 
 
+class Stopped(BaseException):
+    """A signal asked this process to stop (see `megatron.common.stop`); number: which one.
+
+    Like KeyboardInterrupt it is no error, and `except Exception` lets it pass.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+        self.exit_code = 128 + number
+
+    def __str__(self) -> str:
+        return f"stopped by {signal.Signals(self.number).name}"
+
+
 def run_main(main: Callable[[], int | None]) -> None:
-    """Run a command's `main` and exit with its code; a `MegatronError` becomes one message on stderr.
+    """Run a command's `main` and exit with its code; a `MegatronError` and a `Stopped` become one message on stderr.
 
     `MEGATRON_DEBUG=1` or `--debug` on the command line shows the traceback as well. In a process of a multi-process
     run, the rank and the host stand in front of every line of an error, ours or not: `megatron.launch.error_reports`
@@ -74,6 +90,9 @@ def run_main(main: Callable[[], int | None]) -> None:
         is_debugging = "--debug" in sys.argv or os.environ.get("MEGATRON_DEBUG") == "1"
         _report((traceback.format_exc() if is_debugging else "") + f"error: {error}")
         code = error.exit_code
+    except Stopped as stop:
+        _report(str(stop))
+        code = stop.exit_code
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron.common.errors import LaunchError, run_main
+from megatron.common.stop import StopSignals
 
 OLDEST = (3, 11)
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,8 +22,16 @@ _RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
 
 def run_command(module: str) -> None:
-    """Run `main` of a module of megatron.cli and exit with its code; see `megatron.common.errors.run_main`."""
-    run_main(lambda: load_command(module)())
+    """Run `main` of a module of megatron.cli and exit with its code; see `megatron.common.errors.run_main`.
+
+    A stop signal unwinds the command, whichever it is, so that it leaves nothing half-written.
+    """
+
+    def main() -> int | None:
+        with StopSignals():
+            return load_command(module)()
+
+    run_main(main)
 
 
 def load_command(module: str) -> Callable[[], int | None]:

@@ -12,12 +12,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from megatron.common.errors import NonFiniteLossError
+from megatron.common.errors import NonFiniteLossError, Stopped
 from megatron.data.loader import BatchLoader
 from megatron.engine.replicas import ReplicaCheck
 from megatron.engine.train_engine import StepResult, TrainEngine
 from megatron.optim.schedule import LearningRateSchedule
 from megatron.training.plan import RunPlan
+from megatron.training.reliability.signals import StopRequest
 from megatron.training.reporting import Reporter
 from megatron.training.saving import Position, SaveOptions, save_run
 
@@ -27,7 +28,11 @@ MAX_SKIPPED_IN_A_ROW = 50
 
 @dataclass
 class Run:
-    """All parts of a training run on this rank. score: gives the scores of eval_tasks at each validation."""
+    """All parts of a training run on this rank.
+
+    score: gives the scores of eval_tasks at each validation; it raises Stopped on all ranks when any is asked to stop.
+    saved_step: the step whose state the disk holds, or that has nothing to keep.
+    """
 
     engine: TrainEngine
     plan: RunPlan
@@ -40,6 +45,8 @@ class Run:
     position: Position = field(default_factory=Position)
     replicas: ReplicaCheck | None = None
     score: Callable[[], dict[str, float]] | None = None
+    stop: StopRequest = field(default_factory=StopRequest)
+    saved_step: int = 0
     skipped_in_a_row: int = 0
     skipped: int = 0
 
@@ -51,37 +58,57 @@ class Run:
         self.reporter.close()
 
 
-def train(run: Run) -> None:
-    """Train until train_iters, or until exit_interval says to leave. Collective.
+def train(run: Run) -> int:
+    """Train until train_iters, until exit_interval says to leave, or until `run.stop` does. Collective.
 
+    A stop waits for no more than the step or the batch of a validation that is under way; the state after that step is
+    saved unless it has just been. A validation or test that is due then is left to the run that continues.
+    Returns: the exit code, 0 or that of the stop.
     Raises: NonFiniteLossError if the loss or the gradient norm is NaN or infinite; nothing of that step is saved.
     """
-    plan, position = run.plan, run.position
+    plan, position, stop = run.plan, run.position, run.stop
+    run.saved_step = position.step
     if position.step >= plan.train_iters:
         run.reporter.message(f"step {position.step} of {plan.train_iters} is reached already: nothing to train")
-        return
-    if position.step == 0 and plan.saves.is_due(0):
+    if not stop.agreed_at_start() and position.validation_due:
+        _validate(run)
+    if position.step >= plan.train_iters:
+        return _leave(run) if stop.agreed() else 0
+    if position.step == 0 and plan.saves.is_due(0) and not stop.agreed():
         _save(run)
-    while position.step < plan.train_iters:
+    while position.step < plan.train_iters and not stop.agreed():
         _train_one(run)
-        if plan.validates_at(position.step):
+        position.validation_due = plan.validates_at(position.step)
+        if position.validation_due and not stop.agreed():
             _validate(run)
         if plan.saves_at(position.step):
             _save(run)
-        if plan.exits_at(position.step) and position.step < plan.train_iters:
+        if plan.exits_at(position.step) and position.step < plan.train_iters and not stop.agreed():
             run.reporter.message(f"leaving after step {position.step} (exit_interval)")
-            return
-    if run.test is not None and plan.eval_iters > 0:
-        run.reporter.evaluated("test", position.step, evaluate(run, run.test))
+            return 0
+    return _leave(run) if stop.agreed() else 0
 
 
-def evaluate(run: Run, loader: BatchLoader) -> float:
-    """Mean loss over the first eval_iters batches: the same samples every time, so that values compare."""
-    losses = [
-        run.engine.evaluate(loader.step_batches(index * run.plan.global_batch_size))
-        for index in range(run.plan.eval_iters)
-    ]
+def evaluate(run: Run, loader: BatchLoader) -> float | None:
+    """Mean loss over the first eval_iters batches: the same samples every time, so that values compare.
+
+    None if the run is to stop, which is asked between batches.
+    """
+    losses: list[float] = []
+    for index in range(run.plan.eval_iters):
+        if losses and run.stop.agreed():
+            return None
+        losses.append(run.engine.evaluate(loader.step_batches(index * run.plan.global_batch_size)))
     return sum(losses) / len(losses)
+
+
+def _leave(run: Run) -> int:
+    """Keep what is not yet on the disk, and say why the run ends here."""
+    step = run.position.step
+    if run.saved_step != step:
+        _save(run)
+    run.reporter.message(f"leaving after step {step} of {run.plan.train_iters} ({run.stop.reason})")
+    return run.stop.exit_code
 
 
 def _train_one(run: Run) -> None:
@@ -131,15 +158,28 @@ def _brief(sample_ids: list[int]) -> str:
 
 
 def _validate(run: Run) -> None:
-    if run.valid is not None:
-        run.reporter.evaluated("validation", run.position.step, evaluate(run, run.valid))
+    """The validation of this step, and at the run's end the test; given up where the run is to stop."""
+    loaders = {"validation": run.valid, "test": run.test if run.position.step == run.plan.train_iters else None}
+    for name, loader in loaders.items():
+        if loader is None:
+            continue
+        loss = evaluate(run, loader)
+        if loss is None:
+            return
+        run.reporter.evaluated(name, run.position.step, loss)
     if run.score is not None:
-        run.reporter.scored(run.position.step, run.score())
+        try:
+            scores = run.score()
+        except Stopped:
+            return
+        run.reporter.scored(run.position.step, scores)
+    run.position.validation_due = False
 
 
 def _save(run: Run) -> None:
     started = time.perf_counter()
     saved = save_run(run.engine, run.position, run.saving)
+    run.saved_step = run.position.step
     if saved is None:
         return
     run.reporter.message(f"saved {saved.folder} in {time.perf_counter() - started:.1f} s")

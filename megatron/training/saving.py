@@ -7,7 +7,7 @@ Invariant: position in the data is the number of consumed samples, so it does no
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,14 @@ _FREE_FIELDS = frozenset(
 
 @dataclass
 class Position:
-    """How far a run has come. `step` optimizer steps, `consumed_samples` sequences of the training order."""
+    """How far a run has come. `step` optimizer steps, `consumed_samples` sequences of the training order.
+
+    validation_due: the validation (and test) of this step is still to be made, as the run was stopped before its end.
+    """
 
     step: int = 0
     consumed_samples: int = 0
+    validation_due: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ def save_run(engine: TrainEngine, position: Position, options: SaveOptions) -> S
     spec = engine.spec
     state = {
         "model_spec": spec.to_dict(),
-        "position": {"step": position.step, "consumed_samples": position.consumed_samples},
+        "position": asdict(position),
         "optimizer_steps": optimizer_steps(engine),
         "loss_scale": engine.loss_scale_state(),
         "layout": {

@@ -5,6 +5,7 @@ Invariant: the order of construction is the same on all ranks, because several s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -35,12 +36,15 @@ from megatron.tokenizer.base import Tokenizer
 from megatron.tokenizer.setup import build_tokenizer
 from megatron.training.loop import Run
 from megatron.training.plan import RunPlan, SaveSchedule
+from megatron.training.reliability.signals import StopRequest
 from megatron.training.reporting import Reporter
 from megatron.training.saving import LoadOptions, SaveOptions, load_run
 
 
-def build_run(config: Config) -> Run:
+def build_run(config: Config, asked: Callable[[], int] = lambda: 0) -> Run:
     """Join the job, open the data, build model and optimizer, continue from a checkpoint if there is one. Collective.
+
+    asked: the signal that asks this process to stop, or 0.
 
     Raises: ConfigError, DataError or CheckpointError for what the user can mend.
     """
@@ -83,6 +87,7 @@ def build_run(config: Config) -> Run:
             about=about,
             with_rng=not config.checkpoint.no_save_rng,
         ),
+        stop=StopRequest(asked, limit_mins=config.training.exit_duration_in_mins),
     )
     if config.training.check_replicas:
         run.replicas = ReplicaCheck(engine, config.training.check_replicas)

@@ -72,6 +72,13 @@ class TrainingSection(Section):
     eval_interval: Int = key(1000, "Validate every so many steps.", unit="steps", gt=0)
     eval_iters: Int = key(100, "Batches of train_batch_size sequences per validation and per test.", ge=0)
     exit_interval: Int | None = key(None, "Save and stop at the next multiple of this.", unit="steps", gt=0)
+    exit_duration_in_mins: Float | None = key(
+        None,
+        "Save and stop, with exit code 0, at the first step that ends this long after the job began.",
+        unit="minutes",
+        gt=0,
+        ours=True,
+    )
     seed: Int = key(1234, "Seed of initialisation, data order and dropout.", gt=0, lt=2**32)
     loss_normalization: Literal["micro_batch", "tokens"] = key(
         "micro_batch",

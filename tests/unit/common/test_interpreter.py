@@ -25,7 +25,7 @@ def main():
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """A checkout with one command, whose requirement this Python does not have."""
-    for name in ("__init__.py", "common/__init__.py", "common/errors.py", "common/interpreter.py"):
+    for name in ("__init__.py", "common/__init__.py", "common/errors.py", "common/stop.py", "common/interpreter.py"):
         (tmp_path / "megatron" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / "megatron" / name, tmp_path / "megatron" / name)
     shutil.copy(ROOT / "train.py", tmp_path)

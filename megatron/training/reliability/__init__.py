@@ -1,0 +1,1 @@
+"""What lets a run live through what happens to runs."""
