@@ -142,6 +142,9 @@ def derive_model(draft: Draft) -> None:
         draft.problem(name, f"{name} is missing. It has no default; set it.")
         draft.failed.add(name)
     draft.derive("num_kv_heads", draft["num_attention_heads"], "num_attention_heads")
+    draft.derive("use_bias_in_qkv", draft["use_bias_in_attn_linear"], "use_bias_in_attn_linear")
+    if not {"hidden_size", "num_attention_heads"} & draft.failed:
+        draft.derive("head_dim", draft["hidden_size"] // draft["num_attention_heads"], "hidden_size")
     if draft["max_position_embeddings"] is None:
         draft.derive("max_position_embeddings", draft["seq_length"], "seq_length")
 

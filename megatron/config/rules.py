@@ -8,25 +8,9 @@ from __future__ import annotations
 import math
 import re
 
+from megatron.config.architecture_rules import ARCHITECTURE_RULES
 from megatron.config.deepspeed_blocks import check_deepspeed_blocks
 from megatron.config.draft import Draft
-
-
-def check_heads(draft: Draft) -> None:
-    """Head counts against the hidden size and against each other."""
-    hidden, heads, kv_heads = draft["hidden_size"], draft["num_attention_heads"], draft["num_kv_heads"]
-    if hidden % heads:
-        draft.problem(
-            "num_attention_heads",
-            f"num_attention_heads = {heads} does not divide hidden_size = {hidden}. Use a divisor of "
-            f"{hidden}{_near(hidden, heads)}.",
-        )
-    if heads % kv_heads:
-        draft.problem(
-            "num_kv_heads",
-            f"num_kv_heads = {kv_heads} does not divide num_attention_heads = {heads}. Use a divisor of {heads}"
-            f"{_near(heads, kv_heads)}, or remove the key for multi-head attention.",
-        )
 
 
 def check_tensor_parallel(draft: Draft) -> None:
@@ -53,46 +37,6 @@ def check_tensor_parallel(draft: Draft) -> None:
             "num_kv_heads",
             f"num_kv_heads = {kv_heads} neither divides nor is a multiple of model_parallel_size = {tp}. Change one of "
             "the two.",
-        )
-
-
-def check_rotary(draft: Draft) -> None:
-    """Rotary embeddings turn pairs of dimensions."""
-    hidden, heads = draft["hidden_size"], draft["num_attention_heads"]
-    if draft["pos_emb"] != "rotary" or hidden % heads:
-        return
-    turned = int(hidden // heads * draft["rotary_pct"])
-    if turned % 2 or turned == 0:
-        draft.problem(
-            "rotary_pct",
-            f"rotary_pct = {draft['rotary_pct']} turns {turned} of {hidden // heads} dimensions of each head; "
-            "the number must be even and above 0. Choose another rotary_pct.",
-        )
-
-
-def check_positions(draft: Draft) -> None:
-    """Sequence against positions."""
-    if draft["seq_length"] > draft["max_position_embeddings"]:
-        draft.problem(
-            "max_position_embeddings",
-            f"max_position_embeddings = {draft['max_position_embeddings']} is below seq_length = "
-            f"{draft['seq_length']}. Raise it or lower seq_length.",
-        )
-
-
-def check_residual(draft: Draft) -> None:
-    """gpt_j_tied without gpt_j_residual means nothing."""
-    if draft["gpt_j_tied"] and not draft["gpt_j_residual"]:
-        draft.problem("gpt_j_tied", "gpt_j_tied = true needs gpt_j_residual: true. Set it, or remove gpt_j_tied.")
-
-
-def check_gelu(draft: Draft) -> None:
-    """The fused kernel exists for gelu only."""
-    if draft["bias_gelu_fusion"] and draft["activation"] != "gelu":
-        draft.problem(
-            "bias_gelu_fusion",
-            f"bias_gelu_fusion = true asks for tanh gelu, and activation = {draft['activation']}. Remove one of the "
-            "two.",
         )
 
 
@@ -342,12 +286,8 @@ def check_partition(draft: Draft) -> None:
 RULES = (
     check_hosts,
     check_partition,
-    check_heads,
+    *ARCHITECTURE_RULES,
     check_tensor_parallel,
-    check_rotary,
-    check_positions,
-    check_residual,
-    check_gelu,
     check_zero,
     check_allreduce,
     check_compile,
@@ -362,11 +302,3 @@ RULES = (
     check_deepspeed,
     check_deepspeed_blocks,
 )
-
-
-def _near(number: int, wish: int) -> str:
-    divisors = [n for n in range(1, number + 1) if number % n == 0]
-    below = max((n for n in divisors if n < wish), default=None)
-    above = min((n for n in divisors if n > wish), default=None)
-    near = [str(n) for n in (below, above) if n is not None]
-    return f" ({' or '.join(near)} are nearest)" if len(near) == 2 else f" ({near[0]} is nearest)" if near else ""

@@ -67,9 +67,6 @@ NO_EFFECT: dict[str, tuple[Any, str]] = {
     "deepscale_config": (None, _DEAD),
     "weight_server_port": (6000, _DEAD),
     "lazy_mpu_init": (False, _DEAD),
-    "rpe_num_buckets": (32, "it only serves pos_emb: rpe"),
-    "rpe_max_distance": (128, "it only serves pos_emb: rpe"),
-    "scalenorm_epsilon": (1e-8, "it only serves norm: scalenorm"),
     "gmlp_attn_dim": (64, "it only serves gmlp layers"),
     "data_impl": (("infer", "mmap", "cached"), "the files say themselves which format they have"),
     "launcher": ("pdsh", "other hosts are reached through srun, mpirun or torchrun"),
@@ -137,8 +134,6 @@ _PROFILE = "profiling"
 NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
     # key: (neutral values, what the key belongs to)
     **dict.fromkeys(("use_bnb_optimizer",), ((False,), "this option")),
-    **dict.fromkeys(("use_qk_layernorm",), ((False,), "normalised queries and keys")),
-    "sliding_window_width": ((None,), "sliding-window attention"),
     **dict.fromkeys(
         ("mamba_selective_scan_fusion", "mamba_causal_conv_fusion", "mamba_inner_func_fusion"), ((False,), _MAMBA)
     ),

@@ -22,7 +22,7 @@ _KNOWN_FIELDS = frozenset(
         *("num_layers", "hidden_size", "num_heads", "num_kv_heads", "ffn_size", "vocab_size", "padded_vocab_size"),
         *("max_positions", "norm", "norm_eps", "activation", "position", "rotary_dims", "rotary_base", "residual"),
         *("tied_head", "attention_bias", "mlp_bias", "attention_dropout", "hidden_dropout"),
-        *("init_method", "output_init_method", "init_std"),
+        *("init_method", "output_init_method", "init_std", "head_dim", "qkv_bias", "rpe_buckets", "rpe_max_distance"),
     }
 )
 _TANH_NAMES = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
@@ -45,6 +45,8 @@ def refusals(spec: ModelSpec) -> list[str]:
         "num_kv_heads": (spec.num_kv_heads, spec.num_kv_heads == spec.num_heads),
         "activation": (spec.activation, spec.activation in _ACTIVATIONS),
         "use_bias_in_mlp": (spec.mlp_bias, spec.mlp_bias),
+        "use_bias_in_qkv": (spec.qkv_bias, spec.qkv_bias == spec.attention_bias),
+        "head_dim": (spec.head_dim, spec.head_dim * spec.num_heads == spec.hidden_size),
     }
     # A field that a later version adds changes the function in ways that this file has not heard of.
     foreign = [f for f in fields(spec) if f.name not in _KNOWN_FIELDS and getattr(spec, f.name) != f.default]

@@ -53,6 +53,7 @@ class LossModule(nn.Module):
             loss_mask,
             vocab_size=model.spec.vocab_size,
             groups=model.groups,
+            bias=model.output_bias,
         )
         return term.sum / denominator
 
@@ -123,6 +124,7 @@ class StagedModule(PipelineModule):
             loss_mask,
             vocab_size=self.spec.vocab_size,
             groups=self.groups,
+            bias=owner.get_parameter("bias") if self.spec.head_bias else None,
         )
         return term.sum / denominator
 
@@ -164,8 +166,9 @@ def external_parameters(module: nn.Module) -> list[tuple[nn.Module, nn.Parameter
     """
     found: list[tuple[nn.Module, nn.Parameter]] = []
     if isinstance(module, LossModule):
-        name = WORD_EMBEDDING if module.model.spec.tied_head else HEAD
-        found.append((module, module.model.get_parameter(f"{name}.weight")))
+        found.append((module, module.model.output_weight))
+        if module.model.output_bias is not None:
+            found.append((module, module.model.output_bias))
     for owner in module.modules():
         if isinstance(owner, TransformerBlock):
             outputs = (owner.attention.dense, owner.mlp.linear2)

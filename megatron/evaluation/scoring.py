@@ -60,6 +60,7 @@ def score_batch(model: Transformer, rows: Sequence[Continuation]) -> list[Score]
         group=model.groups.tp,
         vocab_start=model.groups.tp_rank * weight.shape[0],
         valid_vocab=model.spec.vocab_size,
+        bias=model.output_bias,
     )
     counts = [row.num_scored for row in rows]
     return [

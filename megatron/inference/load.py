@@ -11,12 +11,10 @@ from torch import nn
 
 from megatron.checkpoint import Reader
 from megatron.common.errors import CheckpointError
-from megatron.model.build import HEAD, WORD_EMBEDDING, Transformer, build_model
+from megatron.model.build import Transformer, build_model, vocabulary_parameters
 from megatron.model.spec import ModelSpec
 from megatron.parallel.process_groups import ProcessGroups
 from megatron.parallel.sharding import get_shard_spec, set_shard_spec
-
-_PADDED = (f"{WORD_EMBEDDING}.weight", f"{HEAD}.weight")
 
 
 def saved_spec(reader: Reader, tp_size: int = 1) -> ModelSpec:
@@ -52,8 +50,9 @@ def load_model(
         model = build_model(spec, groups, device="meta")
     except ValueError as error:
         raise CheckpointError(f"{reader.folder}: {error}. Use another model_parallel_size.") from error
+    padded = vocabulary_parameters(spec)
     for name, parameter in list(model.named_parameters()):
-        rows = spec.padded_vocab_size if name in _PADDED else None
+        rows = spec.padded_vocab_size if name in padded else None
         shard = reader.read_shard(name, "weight", groups.tp_rank, groups.tp_size, rows=rows, dtype=dtype)
         shard_spec = get_shard_spec(parameter)
         shape = shard_spec.shard_shape(groups.tp_size)

@@ -12,20 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from megatron.model.attention import KeyValueStore, rotary_table
 from megatron.model.init import initialize_parameters
-from megatron.model.layers import (
-    Head,
-    KeyValueStore,
-    Norm,
-    PositionEmbedding,
-    TransformerBlock,
-    WordEmbedding,
-    whole_sequences,
-)
+from megatron.model.layers import Head, PositionEmbedding, TransformerBlock, WordEmbedding, whole_sequences
+from megatron.model.norms import Norm
 from megatron.model.recompute import Recompute, grouped
 from megatron.model.spec import ModelSpec
 from megatron.ops.matmul import linear
-from megatron.ops.rotary import RotaryTable
 from megatron.parallel.collectives import gather_last_dim
 from megatron.parallel.process_groups import ProcessGroups
 from megatron.parallel.random_streams import RandomStream
@@ -69,13 +62,13 @@ def layer_list(
         raise ValueError(
             f"{spec.num_heads} heads and {spec.ffn_size} MLP features do not divide over {groups.tp_size} ranks"
         )
-    rotary = RotaryTable(spec.rotary_dims, spec.rotary_base) if spec.position == "rotary" else None
+    rotary = rotary_table(spec)
     layers = [NamedLayer(WORD_EMBEDDING, WordEmbedding, (spec, groups, stream))]
-    if spec.position == "learned":
+    if spec.has_position_layer:
         layers.append(NamedLayer(POSITION_EMBEDDING, PositionEmbedding, (spec, groups, stream)))
     inside = {"recompute_attention": recompute.mode == "selective"}
     layers += [
-        NamedLayer(f"layers.{index}", TransformerBlock, (spec, groups, rotary, stream), inside)
+        NamedLayer(f"layers.{index}", TransformerBlock, (spec, groups, rotary, stream), {**inside, "layer": index})
         for index in range(spec.num_layers)
     ]
     layers.append(NamedLayer("final_norm", Norm, (spec, groups)))
@@ -116,7 +109,7 @@ class Transformer(nn.Module):
         Shapes: tokens int64 [B, T]; positions int64 [B, T] or None for 0..T-1; stores, one a block -> [B, T, H].
         """
         x = self.get_submodule(WORD_EMBEDDING)(tokens)
-        if self.spec.position == "learned":
+        if self.spec.has_position_layer:
             x = self.get_submodule(POSITION_EMBEDDING)(x, positions)
         if stores is None:
             for run in self.block_groups:
@@ -127,13 +120,18 @@ class Transformer(nn.Module):
         return whole_sequences(self.get_submodule("final_norm")(x), self.groups)
 
     @property
-    def output_weight(self) -> torch.Tensor:
+    def output_weight(self) -> nn.Parameter:
         """The head's weight [V / tp_size, H]: its own, or the embedding's when tied."""
         return self.get_parameter(f"{WORD_EMBEDDING if self.spec.tied_head else HEAD}.weight")
 
+    @property
+    def output_bias(self) -> nn.Parameter | None:
+        """The head's bias [V / tp_size], where it has one."""
+        return self.get_parameter(f"{HEAD}.bias") if self.spec.head_bias else None
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits over the real vocabulary, whole on every rank, to infer. Shapes: [..., H] -> [..., vocab_size]."""
-        local = linear(hidden, self.output_weight)
+        local = linear(hidden, self.output_weight, self.output_bias)
         return gather_last_dim(local, self.groups.tp)[..., : self.spec.vocab_size]
 
 
@@ -157,6 +155,12 @@ def parameter_names(spec: ModelSpec) -> list[str]:
     """The public names of all parameters of a model, in order; nothing is allocated."""
     with torch.device("meta"):
         return [name for name, _ in Transformer(spec, ProcessGroups.single()).named_parameters()]
+
+
+def vocabulary_parameters(spec: ModelSpec) -> list[str]:
+    """The parameters whose first dimension is the padded vocabulary."""
+    heads = [] if spec.tied_head else [f"{HEAD}.weight", *([f"{HEAD}.bias"] if spec.head_bias else [])]
+    return [f"{WORD_EMBEDDING}.weight", *heads]
 
 
 def is_block(layer: object) -> bool:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 from megatron.config import Config
-from megatron.model.spec import ModelSpec, Residual
+from megatron.config.schema import ModelSection, RopeScalingBlock
+from megatron.model.spec import ModelSpec, Residual, RopeScaling
+
+_TANH = {"gelu": "gelu_tanh", "geglu": "geglu_tanh"}
 
 
 def model_spec(config: Config) -> ModelSpec:
@@ -24,22 +29,60 @@ def model_spec(config: Config) -> ModelSpec:
     }
     missing = [name for name, size in sizes.items() if size is None]
     assert not missing, f"a resolved config leaves {missing} open"
+    activation: str = model.activation
+    if model.bias_gelu_fusion:
+        activation = _TANH.get(activation, activation)
     return ModelSpec(
         **sizes,
+        head_dim=model.head_dim,
         norm=model.norm,
-        norm_eps=model.rms_norm_epsilon if model.norm == "rmsnorm" else model.layernorm_epsilon,
-        activation="gelu_tanh" if model.activation == "gelu" and model.bias_gelu_fusion else model.activation,
+        norm_eps=norm_epsilon(model),
+        norm_offset=model.norm_zero_centered,
+        activation=activation,
         position=model.pos_emb,
         position_offset=model.opt_pos_emb_offset,
         rotary_dims=int(model.head_dim * model.rotary_pct) if model.pos_emb == "rotary" else 0,
         rotary_base=model.rotary_emb_base,
+        rotary_interleaved=model.rotary_interleaved,
+        rope_scaling=rope_scaling(model.rope_scaling),
+        rpe_buckets=model.rpe_num_buckets,
+        rpe_max_distance=model.rpe_max_distance,
         residual=residual,
         tied_head=not model.no_weight_tying,
         attention_bias=model.use_bias_in_attn_linear,
+        qkv_bias=model.use_bias_in_qkv,
         mlp_bias=model.use_bias_in_mlp,
+        head_bias=model.use_bias_in_head,
+        qk_norm=model.use_qk_layernorm,
+        window=model.sliding_window_width,
+        window_layers=None if model.sliding_window_layers is None else tuple(sorted(model.sliding_window_layers)),
+        embedding_scale=math.sqrt(model.hidden_size) if model.scale_embeddings else 1.0,
         attention_dropout=model.attention_dropout,
         hidden_dropout=model.hidden_dropout,
         init_method=model.init_method,
         output_init_method=model.output_layer_init_method,
         init_std=model.init_method_std,
+    )
+
+
+def norm_epsilon(model: ModelSection) -> float:
+    """The epsilon of the chosen norm: each has a key of its own."""
+    return {"rmsnorm": model.rms_norm_epsilon, "scalenorm": model.scalenorm_epsilon}.get(
+        model.norm, model.layernorm_epsilon
+    )
+
+
+def rope_scaling(block: RopeScalingBlock | None) -> RopeScaling | None:
+    """The block in the model's terms."""
+    if block is None or block.rope_type == "default":
+        return None
+    return RopeScaling(
+        kind=block.rope_type,
+        factor=block.factor,
+        original_positions=block.original_max_position_embeddings or 0,
+        low_freq_factor=block.low_freq_factor,
+        high_freq_factor=block.high_freq_factor,
+        beta_fast=block.beta_fast,
+        beta_slow=block.beta_slow,
+        attention_factor=block.attention_factor,
     )

@@ -57,7 +57,7 @@ def is_residual_output(name: str) -> bool:
 def initialize_parameters(
     parameters: Iterable[tuple[str, nn.Parameter]], spec: ModelSpec, groups: ProcessGroups, seed: int
 ) -> None:
-    """Fill every named parameter: matrices by the spec's methods, biases with 0, norm weights with 1.
+    """Fill every named parameter: matrices by the spec's methods, biases with 0, norms with a factor of 1.
 
     Parallel: each rank fills its own shard; the logical tensors depend on the seed and the names alone.
     """
@@ -67,7 +67,7 @@ def initialize_parameters(
         if name.endswith(".bias"):
             parameter.fill_(0.0)
         elif parameter.dim() == 1:
-            parameter.fill_(1.0)
+            parameter.fill_(0.0 if spec.norm_offset else 1.0)
         else:
             draw = outer if is_residual_output(name) else inner
             fill_from(parameter, name, draw, seed=seed, tp_rank=groups.tp_rank, tp_size=groups.tp_size)

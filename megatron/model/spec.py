@@ -10,9 +10,31 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-Norm = Literal["layernorm", "rmsnorm"]
-PositionEmbedding = Literal["rotary", "learned", "none"]
+Norm = Literal["layernorm", "rmsnorm", "scalenorm", "non_parametric_layernorm"]
+PositionEmbedding = Literal["rotary", "learned", "sinusoidal", "alibi", "rpe", "none"]
 Residual = Literal["sequential", "parallel", "parallel_tied"]
+RopeKind = Literal["linear", "llama3", "yarn"]
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary wavelengths are stretched to reach beyond the positions that the model was first trained on.
+
+    kind: linear: all by `factor` (Chen et al. 2023, arXiv 2306.15595); llama3: long ones only, with a ramp between
+        the bounds low_freq_factor and high_freq_factor (Llama 3.1); yarn: by parts, with a temperature
+        (Peng et al. 2023, arXiv 2309.00071, equations 17 to 23).
+    original_positions: what the model was first trained on. attention_factor: yarn's factor on the tables; None: 0.1
+    ln(factor) + 1.
+    """
+
+    kind: RopeKind
+    factor: float
+    original_positions: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
 
 
 @dataclass(frozen=True)
@@ -27,12 +49,21 @@ class ModelSpec:
     vocab_size: ids that the tokenizer knows; the rows beyond are padding, masked out of softmax, argmax and loss.
     padded_vocab_size: V, rows of the embedding and of the head (make_vocab_size_divisible_by).
     max_positions: longest sequence (max_position_embeddings).
+    head_dim: D, width of one head; 0 given stands for hidden_size / num_heads.
+    norm_offset: the norm multiplies with 1 + weight instead of weight (norm_zero_centered; Gemma).
     residual: sequential: x + attn(ln1 x), then + mlp(ln2 .); parallel: x + attn(ln1 x) + mlp(ln2 x) (gpt_j_residual);
         parallel_tied: x + attn(ln1 x) + mlp(ln1 x) (gpt_j_tied).
-    tied_head: the output head shares the embedding's weight (not no_weight_tying).
-    activation: gelu | gelu_tanh (bias_gelu_fusion) | relu | silu | geglu | swiglu ...
+    tied_head: the output head shares the embedding's weight (not no_weight_tying). head_bias: it adds a bias.
+    activation: gelu | gelu_tanh (bias_gelu_fusion) | relu | silu | geglu | geglu_tanh | swiglu ...
     position_offset: first row of the learned position table that is used (opt_pos_emb_offset).
     rotary_dims: leading dimensions of each head that are rotated (int(head_dim * rotary_pct)).
+    rotary_interleaved: pairs are neighbours (GPT-J), not halves (GPT-NeoX).
+    rpe_buckets, rpe_max_distance: of T5's relative positions.
+    attention_bias: on attention's output; qkv_bias: on its projections (None given stands for attention_bias).
+    qk_norm: queries and keys are normalised head by head, before the rotation (use_qk_layernorm; Qwen3).
+    window: a token sees itself and that many before it (sliding_window_width); window_layers: only in these layers
+        (None: in all).
+    embedding_scale: what the word embeddings are multiplied with (scale_embeddings: sqrt(H); Gemma).
     """
 
     num_layers: int
@@ -59,16 +90,42 @@ class ModelSpec:
     init_method: str = "normal"
     output_init_method: str = "scaled_normal"
     init_std: float = 0.02
+    # What later versions added: the default is what a checkpoint without the field means.
+    head_dim: int = 0
+    norm_offset: bool = False
+    rotary_interleaved: bool = False
+    rope_scaling: RopeScaling | None = None
+    rpe_buckets: int = 32
+    rpe_max_distance: int = 128
+    qkv_bias: bool | None = None
+    head_bias: bool = False
+    qk_norm: bool = False
+    window: int | None = None
+    window_layers: tuple[int, ...] | None = None
+    embedding_scale: float = 1.0
 
-    @property
-    def head_dim(self) -> int:
-        """D, width of one head."""
-        return self.hidden_size // self.num_heads
+    def __post_init__(self) -> None:
+        # Frozen: what stands for something else is replaced once, here, so that equal models have equal specs.
+        if not self.head_dim:
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
+        if self.qkv_bias is None:
+            object.__setattr__(self, "qkv_bias", self.attention_bias)
+        if self.window is None or self.window_layers == tuple(range(self.num_layers)):
+            object.__setattr__(self, "window_layers", None)
 
     @property
     def is_gated(self) -> bool:
         """Whether the MLP multiplies an activated gate with an up projection."""
         return self.activation in GATED_ACTIVATIONS
+
+    @property
+    def has_position_layer(self) -> bool:
+        """Whether positions are added to the word embeddings, by a layer of their own."""
+        return self.position in ("learned", "sinusoidal")
+
+    def layer_window(self, layer: int) -> int | None:
+        """How many tokens before itself a token of this layer sees; None: all."""
+        return self.window if self.window_layers is None or layer in self.window_layers else None
 
     def kv_heads_on_rank(self, tp_size: int) -> int:
         """Kv heads that one tensor-parallel rank works with: its share, or one that several ranks share.
@@ -87,8 +144,13 @@ class ModelSpec:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelSpec:
-        """The inverse of `to_dict`. Raises TypeError for a field that this version does not know."""
+        """The inverse of `to_dict`, also through JSON. Raises TypeError for a field that this version does not know."""
+        values = dict(values)
+        if isinstance(values.get("rope_scaling"), dict):
+            values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
+        if values.get("window_layers") is not None:
+            values["window_layers"] = tuple(values["window_layers"])
         return cls(**values)
 
 
-GATED_ACTIVATIONS = frozenset({"geglu", "reglu", "swiglu", "bilinear", "glu"})
+GATED_ACTIVATIONS = frozenset({"geglu", "geglu_tanh", "reglu", "swiglu", "bilinear", "glu"})

@@ -30,10 +30,11 @@ def language_model_loss(
     *,
     vocab_size: int,
     groups: ProcessGroups,
+    bias: torch.Tensor | None = None,
 ) -> LossTerm:
     """Sum of -log p(label) over the tokens whose mask is 1.
 
-    Shapes: hidden [B, T, H], weight [V / tp_size, H], labels int64 [B, T], loss_mask float [B, T].
+    Shapes: hidden [B, T, H], weight [V / tp_size, H], bias [V / tp_size], labels int64 [B, T], loss_mask float [B, T].
     Parallel: hidden replicated over the tensor-parallel ranks, the weight's rows divided; the result is the same on
     all of them.
     """
@@ -46,5 +47,6 @@ def language_model_loss(
         group=groups.tp,
         vocab_start=groups.tp_rank * weight.shape[0],
         valid_vocab=vocab_size,
+        bias=bias,
     )
     return LossTerm(total, mask.sum())

@@ -38,6 +38,7 @@ PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
 # Gated linear units, Shazeer 2020 (arXiv 2002.05202), section 2.
 GATED: dict[str, Callable[[Tensor], Tensor]] = {
     "geglu": F.gelu,
+    "geglu_tanh": gelu_tanh,
     "reglu": F.relu,
     "swiglu": F.silu,
     "bilinear": identity,

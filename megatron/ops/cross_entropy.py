@@ -66,12 +66,14 @@ def linear_cross_entropy(
     vocab_start: int = 0,
     valid_vocab: int | None = None,
     chunk_rows: int | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """Sum over tokens of `loss_weight * -log softmax(hidden @ weight.T)[label]`, an fp32 scalar (fp64 for fp64 input).
+    """Sum over tokens of `loss_weight * -log softmax(hidden @ weight.T + bias)[label]`, an fp32 scalar (fp64 for fp64).
 
-    Shapes: hidden [T, H]; weight [V_local, H]; labels [T] int64, global ids; loss_weight [T], not differentiated.
+    Shapes: hidden [T, H]; weight [V_local, H]; bias [V_local]; labels [T] int64, global ids; loss_weight [T], without
+    gradient.
     Parallel: with `group`, each rank holds rows `vocab_start ...` of the head and the same hidden, labels and weights.
-    Every rank gets the same loss, the whole gradient of `hidden`, and the gradient of its own rows of `weight`.
+    Every rank gets the same loss, the whole gradient of `hidden`, and that of its own rows of `weight` and `bias`.
     A label that is no real id is allowed where its weight is zero; elsewhere the loss becomes NaN, not a wrong number.
     Not differentiable twice; backward may run once.
     """
@@ -80,9 +82,9 @@ def linear_cross_entropy(
     known = shard.is_known(labels) | (loss_weight == 0)
     row_weight = loss_weight.detach().to(_compute_dtype(hidden)).masked_fill(~known, float("nan"))
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, row_weight, shard, rows)
+        loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, labels, row_weight, shard, rows)
         return loss
-    losses, _ = _token_losses(hidden, weight, labels, shard, rows)
+    losses, _ = _token_losses(hidden, weight, bias, labels, shard, rows)
     return torch.dot(losses, row_weight)
 
 
@@ -96,6 +98,7 @@ def token_losses(
     vocab_start: int = 0,
     valid_vocab: int | None = None,
     chunk_rows: int | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Per token: `-log p(label)` in fp32, and whether the label has the largest logit. For evaluation: no gradient.
 
@@ -103,7 +106,7 @@ def token_losses(
     """
     shard = VocabShard.of(weight, group, vocab_start, valid_vocab)
     rows = chunk_rows or (GPU_CHUNK_ROWS if hidden.is_cuda else CPU_CHUNK_ROWS)
-    losses, is_best = _token_losses(hidden, weight, labels, shard, rows)
+    losses, is_best = _token_losses(hidden, weight, bias, labels, shard, rows)
     known = shard.is_known(labels)
     return losses.masked_fill(~known, float("nan")), is_best & known
 
@@ -111,12 +114,20 @@ def token_losses(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, row_weight: Tensor, shard: VocabShard, chunk_rows: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        row_weight: Tensor,
+        shard: VocabShard,
+        chunk_rows: int,
     ) -> Tensor:
-        head = _Head(weight, shard, min(chunk_rows, max(1, hidden.shape[0])))
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        head = _Head(weight, bias, shard, min(chunk_rows, max(1, hidden.shape[0])))
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_hidden = hidden.new_empty(hidden.shape, dtype=head.dtype) if wants_hidden else None
         grad_weight = head.new_weight_gradient() if wants_weight else None
+        grad_bias = weight.new_zeros(weight.shape[0], dtype=head.dtype) if wants_bias else None
         # In half precision the weights of the rows (1 / number of tokens, say) could underflow: relative ones cannot.
         unit = row_weight.abs().amax().clamp_min(1e-30) if head.is_half and row_weight.numel() else None
         loss = hidden.new_zeros((), dtype=head.dtype)
@@ -128,14 +139,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if unit is not None:
                 block_weight = block_weight / unit
             head.subtract_target(probabilities, labels[part])
+            if grad_bias is not None:
+                grad_bias += block_weight @ probabilities
             block_grad = None if grad_hidden is None else grad_hidden[part]
             head.backward(probabilities, block, block_weight, block_grad, grad_weight)
             # Or the next block of logits would be made while this one lives.
             del probabilities
         if grad_hidden is not None and shard.group is not None:
             dist.all_reduce(grad_hidden, group=shard.group)
-        ctx.gradients = (grad_hidden, grad_weight, unit)
-        ctx.dtypes = (hidden.dtype, weight.dtype)
+        ctx.gradients = (grad_hidden, grad_weight, grad_bias)
+        ctx.unit = unit
+        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         return loss
 
     @staticmethod
@@ -143,13 +157,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("linear_cross_entropy: backward ran twice; its gradients were handed out the first time")
-        grad_hidden, grad_weight, unit = ctx.gradients
+        gradients, unit = ctx.gradients, ctx.unit
         # Our references go, so that autograd takes the buffers as .grad instead of copying them.
         ctx.gradients = None
         scale = grad_output if unit is None else grad_output * unit
         is_one = scale.device.type == "cpu" and scale.item() == 1.0
         results: list[Tensor | None] = []
-        for gradient, dtype in zip((grad_hidden, grad_weight), ctx.dtypes, strict=True):
+        for gradient, dtype in zip(gradients, ctx.dtypes, strict=True):
             if gradient is not None and not is_one:
                 gradient.mul_(scale)
             results.append(None if gradient is None else gradient.to(dtype).contiguous())
@@ -159,8 +173,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 class _Head:
     """The head's matrix and the buffers of one call: turns a block of hidden rows into probabilities, and back."""
 
-    def __init__(self, weight: Tensor, shard: VocabShard, rows: int) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, shard: VocabShard, rows: int) -> None:
         self.shard = shard
+        self.bias = None if bias is None else bias.to(_compute_dtype(weight))
         self.dtype = _compute_dtype(weight)
         # A GPU multiplies half matrices with an fp32 result; a CPU is exact, and no slower, on an fp32 copy.
         self.is_half = weight.dtype != self.dtype and _multiplies_half(weight.device)
@@ -189,6 +204,8 @@ class _Head:
         else:
             logits = self.logits[: block.shape[0]]
             _multiply(block, self.weight.t(), logits)
+        if self.bias is not None:
+            logits += self.bias
         if shard.valid < logits.shape[1]:
             logits[:, shard.valid :] = float("-inf")
         index, is_local = self._local(labels)
@@ -248,9 +265,9 @@ class _Head:
 
 
 def _token_losses(
-    hidden: Tensor, weight: Tensor, labels: Tensor, shard: VocabShard, chunk_rows: int
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, shard: VocabShard, chunk_rows: int
 ) -> tuple[Tensor, Tensor]:
-    head = _Head(weight, shard, min(chunk_rows, max(1, hidden.shape[0])))
+    head = _Head(weight, bias, shard, min(chunk_rows, max(1, hidden.shape[0])))
     losses = hidden.new_empty(hidden.shape[0], dtype=head.dtype)
     is_best = torch.empty_like(losses, dtype=torch.bool)
     for start in range(0, hidden.shape[0], chunk_rows):

@@ -20,7 +20,7 @@ from megatron.checkpoint.reader import Reader
 from megatron.common.errors import CheckpointError
 from megatron.engine.state import export_pieces, import_optimizer, import_weights, optimizer_steps
 from megatron.engine.train_engine import TrainEngine
-from megatron.model.build import HEAD, WORD_EMBEDDING, parameter_names
+from megatron.model.build import parameter_names, vocabulary_parameters
 from megatron.model.spec import ModelSpec
 
 # Fields that change what is regularised or how weights start, but not which function the weights mean.
@@ -95,7 +95,6 @@ def save_run(engine: TrainEngine, position: Position, options: SaveOptions) -> S
         "facts": options.facts,
         **options.about,
     }
-    vocabulary = [WORD_EMBEDDING] if spec.tied_head else [WORD_EMBEDDING, HEAD]
     return save(
         options.folder,
         position.step,
@@ -106,7 +105,7 @@ def save_run(engine: TrainEngine, position: Position, options: SaveOptions) -> S
         agree=lambda ok: agree(ok, engine.device),
         source_files=options.source_files,
         rank_tensors={**capture(), "divided": engine.stream.state} if options.with_rng else None,
-        used_rows={f"{name}.weight": spec.vocab_size for name in vocabulary},
+        used_rows=dict.fromkeys(vocabulary_parameters(spec), spec.vocab_size),
         # A stage that gives nothing for one of its tensors would else leave a checkpoint that looks whole.
         expected_names=parameter_names(spec),
         retention=options.retention,
@@ -169,7 +168,7 @@ def _restore_rng(engine: TrainEngine, reader: Reader, report: Callable[[str], No
 
 
 def _check_model(reader: Reader, spec: ModelSpec) -> None:
-    saved = reader.state.get("model_spec", {})
+    saved = _readable(reader.state.get("model_spec", {}))
     mine = spec.to_dict()
     differing = [
         f"{name}: checkpoint {saved.get(name)!r}, config {mine.get(name)!r}"
@@ -182,6 +181,14 @@ def _check_model(reader: Reader, spec: ModelSpec) -> None:
             + "\n  ".join(differing)
             + "\nUse the config it was trained with."
         )
+
+
+def _readable(saved: dict[str, Any]) -> dict[str, Any]:
+    """A manifest's fields with those that its writer did not have yet, at what their absence means."""
+    try:
+        return ModelSpec.from_dict(saved).to_dict()
+    except TypeError:
+        return saved
 
 
 def _check_facts(reader: Reader, facts: dict[str, Any]) -> None:

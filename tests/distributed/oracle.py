@@ -57,7 +57,7 @@ def oracle_run(case: Case) -> dict[str, Any]:
 def mean_loss(model: Transformer, case: Case, step: int) -> torch.Tensor:
     """The loss of a whole step by the definition: a mean over micro-batches of means, or one mean over all tokens."""
     tokens, labels, mask = global_batch(step, case)
-    logits = F.linear(model(tokens), model.output_weight)[..., : model.spec.vocab_size]
+    logits = F.linear(model(tokens), model.output_weight, model.output_bias)[..., : model.spec.vocab_size]
     per_token = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none") * mask
     if case.normalization == "tokens":
         return per_token.sum() / mask.sum()

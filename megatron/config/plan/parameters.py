@@ -61,12 +61,14 @@ def parameters(config: Config) -> Iterator[Parameter]:
     require_vocabulary(config)
     tp = config.parallel.model_parallel_size
     has_norm_bias = model.norm == "layernorm"
+    has_norm_weight = model.norm != "non_parametric_layernorm"
     attended, kv_size = heads * model.head_dim, 2 * kv_heads * model.head_dim
 
-    def norm(name: str, layer: int | None = None) -> Iterator[Parameter]:
-        yield Parameter(f"{name}.weight", (hidden,), False, layer)
+    def norm(name: str, layer: int | None = None, size: int = hidden) -> Iterator[Parameter]:
+        if has_norm_weight:
+            yield Parameter(f"{name}.weight", (1 if model.norm == "scalenorm" else size,), False, layer)
         if has_norm_bias:
-            yield Parameter(f"{name}.bias", (hidden,), False, layer)
+            yield Parameter(f"{name}.bias", (size,), False, layer)
 
     def linear(name: str, out: int, into: int, bias: bool, column: bool, layer: int) -> Iterator[Parameter]:
         # A column-parallel layer divides its outputs, bias included; a row-parallel one its inputs.
@@ -78,17 +80,22 @@ def parameters(config: Config) -> Iterator[Parameter]:
     if model.pos_emb == "learned":
         positions = model.max_position_embeddings + model.opt_pos_emb_offset
         yield Parameter("embedding.position_embeddings.weight", (positions, hidden), False)
-    attention_bias, mlp_bias = model.use_bias_in_attn_linear, model.use_bias_in_mlp
+    qkv_bias, attention_bias, mlp_bias = model.use_bias_in_qkv, model.use_bias_in_attn_linear, model.use_bias_in_mlp
     for layer in range(model.num_layers):
         name = f"layers.{layer}"
         yield from norm(f"{name}.input_layernorm", layer)
         if kv_heads == heads:
-            yield from linear(f"{name}.attention.query_key_value", 3 * attended, hidden, attention_bias, True, layer)
+            yield from linear(f"{name}.attention.query_key_value", 3 * attended, hidden, qkv_bias, True, layer)
         else:
-            yield from linear(f"{name}.attention.query", attended, hidden, attention_bias, True, layer)
-            key_value = linear(f"{name}.attention.key_value", kv_size, hidden, attention_bias, True, layer)
+            yield from linear(f"{name}.attention.query", attended, hidden, qkv_bias, True, layer)
+            key_value = linear(f"{name}.attention.key_value", kv_size, hidden, qkv_bias, True, layer)
             # With more tensor-parallel ranks than kv heads, every rank holds all of them.
             yield from (replace(parameter, sharded=kv_heads % tp == 0) for parameter in key_value)
+        if model.use_qk_layernorm:
+            yield from norm(f"{name}.attention.query_norm", layer, model.head_dim)
+            yield from norm(f"{name}.attention.key_norm", layer, model.head_dim)
+        if model.pos_emb == "rpe":
+            yield Parameter(f"{name}.attention.rpe.weight", (model.rpe_num_buckets, heads), True, layer)
         yield from linear(f"{name}.attention.dense", hidden, attended, attention_bias, False, layer)
         if not model.gpt_j_tied:
             yield from norm(f"{name}.post_attention_layernorm", layer)
@@ -98,6 +105,8 @@ def parameters(config: Config) -> Iterator[Parameter]:
     yield from norm("final_norm")
     if model.no_weight_tying:
         yield Parameter("head.weight", (rows, hidden), True)
+        if model.use_bias_in_head:
+            yield Parameter("head.bias", (rows,), True)
 
 
 def count_parameters(config: Config) -> ParameterCount:

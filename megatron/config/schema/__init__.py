@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic.fields import FieldInfo
 
-from megatron.config.schema.architecture import GATED_ACTIVATIONS, ModelSection
+from megatron.config.schema.architecture import GATED_ACTIVATIONS, ModelSection, RopeScalingBlock
 from megatron.config.schema.base import Block, Section
 from megatron.config.schema.execution import (
     BatchSection,
@@ -67,6 +67,7 @@ __all__ = [
     "OptimizerSection",
     "ParallelSection",
     "PrecisionSection",
+    "RopeScalingBlock",
     "ScheduleSection",
     "Section",
     "TokenizerSection",

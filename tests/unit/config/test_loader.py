@@ -32,12 +32,13 @@ def test_all_problems_at_once_each_with_its_line(write: Write) -> None:
     found = problems(path)
     expected = {
         2: None,
-        3: "num_attention_heads = 6 does not divide hidden_size = 50. Use a divisor of 50 (5 or 10 are nearest).",
+        3: "num_attention_heads = 6 does not divide hidden_size = 50. Use a divisor of 50 (5 or 10 are nearest), "
+        "or set head_dim.",
         4: "num_kv_heads = 4 does not divide num_attention_heads = 6. Use a divisor of 6 (3 or 6 are nearest), "
         "or remove the key for multi-head attention.",
         6: "unknown key hiden_dropout. Did you mean hidden_dropout?",
         7: "moe_num_experts = 8: mixture of experts is not supported yet. Use a dense model: moe_num_experts: 1.",
-        8: 'norm = "batchnorm" is not one of layernorm, rmsnorm.',
+        8: 'norm = "batchnorm" is not one of layernorm, rmsnorm, scalenorm, non_parametric_layernorm.',
         9: "train_iters = [3] must be a whole number.",
     }
     for line, text in expected.items():

@@ -30,6 +30,24 @@ ADAM = {"type": "Adam", "params": {"lr": 1e-3}}
         (1, {"pos_emb": "rotary", "rotary_pct": 0.4}, "turns 3 of 8 dimensions"),
         (1, {"pos_emb": "rotary", "rotary_pct": 0.1}, "turns 0 of 8 dimensions"),
         (1, {"max_position_embeddings": 31}, "max_position_embeddings = 31 is below seq_length = 32"),
+        (1, {"use_bias_in_head": True}, "use_bias_in_head = true needs no_weight_tying: true"),
+        (1, {"sliding_window_layers": [0]}, "sliding_window_layers needs sliding_window_width"),
+        (1, {"sliding_window_layers": [9], "sliding_window_width": 4}, "sliding_window_layers names layer 9; with num"),
+        (1, {"sliding_window_layers": [0, 0], "sliding_window_width": 4}, "names a layer twice"),
+        (1, {"rope_scaling": {"rope_type": "linear", "factor": 2}}, "rope_scaling needs pos_emb: rotary, not learned"),
+        (
+            1,
+            {"pos_emb": "rotary", "rope_scaling": {"rope_type": "yarn", "factor": 2}},
+            "rope_scaling.rope_type = yarn needs original_max_position_embeddings",
+        ),
+        (
+            1,
+            {"pos_emb": "rotary", "rope_scaling": {"low_freq_factor": 4}},
+            "rope_scaling.low_freq_factor = 4 must be below high_freq_factor = 4",
+        ),
+        (1, {"norm": "non_parametric_layernorm", "norm_zero_centered": True}, "has none. Remove one of the two."),
+        (1, {"norm": "scalenorm", "use_qk_layernorm": True}, "does not work with norm = scalenorm"),
+        (1, {"pos_emb": "rpe", "rpe_max_distance": 16}, "rpe_max_distance = 16 must be above half of rpe_num_buckets"),
         (1, {"gpt_j_tied": True}, "gpt_j_tied = true needs gpt_j_residual"),
         (1, {"bias_gelu_fusion": True, "activation": "relu"}, "asks for tanh gelu, and activation = relu"),
         (2, {"pipe_parallel_size": 2, "zero_optimization": {"stage": 2}}, "does not work with pipe_parallel_size = 2"),
@@ -180,3 +198,18 @@ def test_training_needs_steps_optimizer_and_data(tiny: Callable[..., Config]) ->
         tiny().require_training()
     assert [word in str(caught.value) for word in ("train_iters", "optimizer is missing", "data_path")] == [True] * 3
     tiny(train_iters=1, optimizer=ADAM, data_path="d").require_training()
+
+
+@pytest.mark.parametrize(
+    ("changes", "owner"),
+    [
+        ({"rpe_num_buckets": 8}, "pos_emb: learned"),
+        ({"rotary_interleaved": True}, "pos_emb: learned"),
+        ({"scalenorm_epsilon": 1e-3}, "norm: layernorm"),
+    ],
+)
+def test_a_key_of_another_kind_is_told_to_have_no_effect(
+    tiny: Callable[..., Config], changes: dict[str, object], owner: str
+) -> None:
+    (warning,) = tiny(**changes).warnings
+    assert f"{next(iter(changes))} has no effect with {owner}" in warning

@@ -106,9 +106,10 @@ def test_another_architecture_is_refused(tmp_path: Path, changes: dict[str, Any]
 def test_a_field_that_the_exporter_has_not_heard_of_is_refused() -> None:
     @dataclasses.dataclass(frozen=True)
     class LaterSpec(ModelSpec):
-        qk_norm: bool = False
+        sinks: bool = False
 
     assert gpt_neox.refusals(LaterSpec(**BASE)) == []
+    assert gpt_neox.refusals(LaterSpec(**BASE, sinks=True)) == ["sinks is True"]
     assert gpt_neox.refusals(LaterSpec(**BASE, qk_norm=True)) == ["qk_norm is True"]
 
 

@@ -25,6 +25,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sequential, tied": {"residual": "sequential", "tied_head": True},
     "grouped queries": {"num_kv_heads": 2},
     "learned positions": {"position": "learned", "rotary_dims": 0},
+    "sinusoidal positions": {"position": "sinusoidal", "rotary_dims": 0},
+    "alibi, grouped": {"position": "alibi", "rotary_dims": 0, "num_kv_heads": 2},
+    "relative positions": {"position": "rpe", "rotary_dims": 0},
+    "alibi, window": {"position": "alibi", "rotary_dims": 0, "window": 5},
+    "window of one layer": {"window": 3, "window_layers": (1,), "num_kv_heads": 1},
+    "gpt-j": {"rotary_interleaved": True, "head_bias": True, "residual": "parallel_tied", "qkv_bias": False},
+    "qwen3": {"norm": "rmsnorm", "qk_norm": True, "head_dim": 8, "num_kv_heads": 2, "activation": "swiglu"},
 }
 
 

@@ -12,7 +12,12 @@ from torch import Tensor
 
 from megatron.common.errors import ConfigError
 from megatron.ops import attention as module
-from megatron.ops.attention import BACKENDS, Attention, Backend, Request, attention, select
+from megatron.ops.attention import BACKENDS as EVERY_BACKEND
+from megatron.ops.attention import Attention, Backend, Request, attention, select
+from megatron.ops.attention_backends import eager
+
+# Those that a machine without CUDA runs; tests/gpu compares all.
+BACKENDS = {name: backend for name, backend in EVERY_BACKEND.items() if backend.device_types is None}
 
 # fp32: sums of at most a few hundred products. Half: inputs exact, weights and result rounded to the dtype.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2**-6, torch.float16: 2**-9}
@@ -28,7 +33,15 @@ def tensors(B: int, N: int, G: int, T: int, S: int, D: int, dtype: torch.dtype) 
 
 
 def oracle(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, mask: Tensor | None, lengths: list[int] | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    window: int | None,
+    mask: Tensor | None,
+    lengths: list[int] | None,
+    bias: Tensor | None = None,
+    slopes: list[float] | None = None,
 ) -> Tensor:
     """Row by row in float64, straight from the definition."""
     B, N, T, D = q.shape
@@ -47,7 +60,12 @@ def oracle(
         ]
         if seen:
             keys, values = k[b, n * G // N, seen], v[b, n * G // N, seen]
-            out[b, n, i] = (keys @ q[b, n, i] / math.sqrt(D)).softmax(0) @ values
+            scores = keys @ q[b, n, i] / math.sqrt(D)
+            if bias is not None:
+                scores = scores + bias.expand(B, N, T, S)[b, n, i, seen].double()
+            if slopes is not None:
+                scores = scores + slopes[n] * torch.tensor([float(j - at) for j in seen])
+            out[b, n, i] = scores.softmax(0) @ values
     return out
 
 
@@ -142,6 +160,37 @@ def test_dropout_keeps_the_mean_and_follows_the_generator(backend: str) -> None:
     assert float(first.std()) > 0.05
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("limit", ["none", "mask", "window"])
+@pytest.mark.parametrize("kind", ["bias", "slopes", "both"])
+def test_what_is_added_to_scores(backend: str, shape: tuple[int, ...], limit: str, kind: str) -> None:
+    B, N, _, T, S, _ = shape
+    q, k, v = tensors(*shape, torch.float32)
+    g = torch.Generator().manual_seed(5)
+    bias = torch.randn(1, N, T, S, generator=g) if kind != "slopes" else None
+    slopes = [0.5 / (n + 1) for n in range(N)] if kind != "bias" else None
+    mask = torch.rand(B, 1, T, S, generator=g) < 0.8 if limit == "mask" else None
+    window = 2 if limit == "window" else None
+    got = attention(
+        q, k, v, window=window, mask=mask, bias=bias, backend=backend,
+        slopes=None if slopes is None else torch.tensor(slopes),
+    )  # fmt: skip
+    expected = oracle(q, k, v, True, window, mask, None, bias, slopes)
+    assert (got.double() - expected).abs().max() < 2 * TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_of_a_bias(backend: str) -> None:
+    q, k, v = tensors(2, 4, 2, 5, 5, 8, torch.float64)
+    bias = torch.randn(1, 4, 5, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    mine, theirs = bias.clone().requires_grad_(), bias.clone().requires_grad_()
+    attention(q, k, v, bias=mine, backend=backend).square().sum().backward()
+    attention(q, k, v, bias=theirs, backend="eager").square().sum().backward()
+    assert mine.grad is not None
+    torch.testing.assert_close(mine.grad, theirs.grad, atol=1e-12, rtol=0)
+
+
 def test_attention_object_drops_only_in_training_and_masks_replace_causality() -> None:
     q, k, v = tensors(2, 4, 2, 6, 6, 8, torch.float32)
     layer = Attention(dropout=0.5)
@@ -157,7 +206,7 @@ REQUEST = Request("cpu", torch.float32, 64, 8, 2, cache=True, window=True)
 def test_auto_says_once_what_it_took_and_what_it_passed_over(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    narrow = Backend("narrow", module._eager, max_head_dim=32)
+    narrow = Backend("narrow", eager, max_head_dim=32)
     monkeypatch.setattr(module, "BACKENDS", {"narrow": narrow, **BACKENDS})
     monkeypatch.setattr(module, "_logged", set())
     with caplog.at_level(logging.INFO, logger="megatron.ops.attention"):
@@ -181,12 +230,12 @@ def test_auto_says_once_what_it_took_and_what_it_passed_over(
 def test_a_named_backend_that_cannot_serve_is_an_error(
     limits: dict[str, object], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "BACKENDS", {"poor": Backend("poor", module._eager, **limits)})  # type: ignore[arg-type]
+    monkeypatch.setattr(module, "BACKENDS", {"poor": Backend("poor", eager, **limits)})  # type: ignore[arg-type]
     for asked in ("poor", "auto"):
         with pytest.raises(ConfigError, match=reason):
             select(REQUEST, asked)
 
 
 def test_an_unknown_backend_lists_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"'flash9' is not known\. Use one of: auto, sdpa, eager"):
+    with pytest.raises(ConfigError, match=r"'flash9' is not known\. Use one of: auto, flash, flex, sdpa, eager"):
         select(REQUEST, "flash9")

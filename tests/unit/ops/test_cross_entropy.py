@@ -88,6 +88,31 @@ def test_loss_and_gradients_equal_the_oracle(
     assert_close(w.grad, by_w, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize(("tokens", "vocab", "rows", "valid"), [(37, 101, 8, 97), (5, 33, 512, None)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_bias_on_the_logits(tokens: int, vocab: int, rows: int, valid: int | None, dtype: torch.dtype) -> None:
+    x, w, labels, weights = problem(tokens, 16, valid or vocab, dtype)
+    w = torch.cat([w, torch.randn(vocab - len(w), 16).to(dtype)])
+    bias = torch.randn(vocab, generator=torch.Generator().manual_seed(4)).to(dtype)
+    exact = [t.detach().double().requires_grad_() for t in (x, w, bias)]
+    logits = F.linear(exact[0], exact[1], exact[2])[:, :valid]
+    expected = (F.cross_entropy(logits, labels, reduction="none", ignore_index=-100) * weights.double()).sum()
+    expected.backward()
+    mine = [t.detach().requires_grad_() for t in (x, w, bias)]
+    loss = linear_cross_entropy(mine[0], mine[1], labels, weights, bias=mine[2], valid_vocab=valid, chunk_rows=rows)
+    (3 * loss).backward()
+    tolerance = 2e-6 if dtype == torch.float32 else 2**-8
+    assert_close(loss.detach(), expected.detach(), tolerance)
+    for got, wanted in zip(mine, exact, strict=True):
+        assert got.grad is not None
+        assert wanted.grad is not None
+        assert_close(got.grad, 3 * wanted.grad, tolerance)
+    token, best = token_losses(x, w, labels.clamp_min(0), bias=bias, valid_vocab=valid, chunk_rows=rows)
+    every = F.cross_entropy(logits.detach(), labels.clamp_min(0), reduction="none")
+    assert_close(token, every, tolerance)
+    assert torch.equal(best, logits.argmax(1) == labels.clamp_min(0))
+
+
 def test_large_logits_stay_finite_and_exact() -> None:
     x, w, labels, weights = problem(19, 16, 53, scale=100.0)
     expected, by_x, by_w = oracle(x, w, labels, weights)

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron.common.errors import ConfigError
 from megatron.model.spec import GATED_ACTIVATIONS
 from megatron.ops.activations import GATED, PLAIN, activation_function
-from megatron.ops.norms import layer_norm, rms_norm
+from megatron.ops.norms import layer_norm, rms_norm, scale_norm
 
 # Half: one rounding of a result below 16, 2^-8 (bf16) or 2^-11 (fp16) relative.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
@@ -38,6 +38,19 @@ def test_norms_equal_their_formulas(dtype: torch.dtype, hidden: int, eps: float)
     assert torch.allclose(got.double(), expected, rtol=2 * TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_scale_norm_gives_every_vector_one_length(dtype: torch.dtype) -> None:
+    torch.manual_seed(2)
+    x = torch.randn(5, 33).to(dtype)
+    x[2] = 0
+    length = torch.tensor([7.5]).to(dtype)
+    got = scale_norm(x, length, 1e-8)
+    assert got.dtype == dtype
+    expected = x.double() / x.double().norm(dim=-1, keepdim=True).clamp_min(1e-8) * 7.5
+    assert torch.allclose(got.double(), expected, rtol=2 * TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    assert (got[2] == 0).all()
+
+
 def test_norms_without_parameters_have_unit_scale() -> None:
     x = torch.randn(4, 64, dtype=torch.float64) * 5
     assert torch.allclose(layer_norm(x, None, None, 0.0).square().mean(-1), torch.ones(4, dtype=torch.float64))
@@ -61,6 +74,7 @@ FORMULAS: dict[str, Callable[[float], float]] = {
     "mish": lambda x: x * math.tanh(math.log1p(math.exp(x))),
     "softsign": lambda x: x / (1 + abs(x)),
     "geglu": lambda x: x * _phi(x),
+    "geglu_tanh": lambda x: 0.5 * x * (1 + math.tanh(0.79788456 * (x + 0.044715 * x**3))),
     "reglu": lambda x: max(x, 0.0),
     "swiglu": lambda x: x * _sigmoid(x),
     "bilinear": lambda x: x,

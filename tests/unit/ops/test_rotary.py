@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+from megatron.model.attention import rotary_table
+from megatron.model.spec import ModelSpec, RopeScaling
 from megatron.ops.rotary import RotaryTable, apply_rotary, rotary_tables
 
 
@@ -97,3 +101,54 @@ def test_equals_transformers() -> None:
     theirs, _ = neox.apply_rotary_pos_emb(x, x, their_cos, their_sin)
     ours, _ = apply_rotary(x, x, cos, sin)
     assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+SCALINGS: dict[str, dict[str, Any]] = {
+    "linear": {"factor": 4.0},
+    "llama3": {
+        "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+    },
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 24.0, "beta_slow": 1.5},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SCALINGS)
+@pytest.mark.parametrize("rotary_dims", [32, 6])
+def test_stretched_frequencies_equal_transformers(kind: str, rotary_dims: int) -> None:
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    values = SCALINGS[kind]
+    theirs = LlamaConfig(
+        hidden_size=rotary_dims, num_attention_heads=1, max_position_embeddings=256,
+        rope_parameters={"rope_type": kind, "rope_theta": 500.0, **values},
+    )  # fmt: skip
+    expected, amplitude = ROPE_INIT_FUNCTIONS[kind](theirs, torch.device("cpu"))
+    spec = ModelSpec(
+        1, rotary_dims, 1, 1, 4, 8, 8, 256, rotary_dims=rotary_dims, rotary_base=500.0,
+        rope_scaling=RopeScaling(
+            kind, values["factor"], values.get("original_max_position_embeddings", 0), 1.0, 4.0,  # type: ignore[arg-type]
+            values.get("beta_fast", 32.0), values.get("beta_slow", 1.0),
+        ),
+    )  # fmt: skip
+    table = rotary_table(spec)
+    assert table is not None
+    cos, sin = table.at(2, torch.tensor([[1, 200]]), torch.device("cpu"))
+    torch.testing.assert_close(cos[0, 0], expected.cos() * amplitude, atol=1e-6, rtol=0)
+    torch.testing.assert_close(sin[0, 1], (200 * expected).sin() * amplitude, atol=1e-4, rtol=0)
+    rows = table.at(201, None, torch.device("cpu"))
+    assert torch.equal(rows[0][200], cos[0, 1])
+
+
+@pytest.mark.parametrize(("D", "rotary_dims"), [(8, 8), (12, 4)])
+def test_interleaved_pairs_equal_halves_of_permuted_dimensions(D: int, rotary_dims: int) -> None:
+    x, k = torch.randn(2, 3, 9, D, requires_grad=True), torch.randn(2, 1, 9, D)
+    cos, sin = rotary_tables(9, rotary_dims)
+    order = [*range(0, rotary_dims, 2), *range(1, rotary_dims, 2), *range(rotary_dims, D)]
+    turned, _ = apply_rotary(x, k, cos, sin, interleaved=True)
+    expected, _ = apply_rotary(x[..., order], k, cos, sin)
+    assert torch.equal(turned[..., order], expected)
+    weights = torch.randn(2, 3, 9, D)
+    (mine,) = torch.autograd.grad((turned * weights).sum(), x)
+    (theirs,) = torch.autograd.grad((expected * weights[..., order]).sum(), x)
+    torch.testing.assert_close(mine, theirs)
