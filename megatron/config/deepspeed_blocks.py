@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron.config.draft import Draft, did_you_mean
 from megatron.config.former_keys import GONE
-from megatron.config.messages import show
+from megatron.config.messages import show, unknown_name
 from megatron.config.schema import FIELDS
 
 TABLE = Path(__file__).with_name("deepspeed_keys.json")
@@ -34,16 +34,13 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "optimizer": ((), "the key optimizer says it. Move it there"),
     "scheduler": ((), "the learning rate is set by lr_decay_style, lr_decay_iters, min_lr and warmup. Use these keys"),
     "bfloat16": ((), "it is the old name of bf16. Use the key bf16"),
-    "activation_checkpointing": ((), "recomputation is set by recompute_activations and checkpoint_num_layers"),
     "aio": ((), "it serves offloading to nvme, which needs an extension that DeepSpeed compiles. Offload to cpu"),
     "autotuning": (({"enabled": False},), "runs are not restarted to be tuned. `./deepy.py --plan` ranks layouts"),
-    "checkpoint": ((), "checkpoints are written by the keys save and checkpoint_factor, and load at any layout"),
     "compile": (({"deepcompile": False},), "torch_compile: true compiles the blocks. Use that key"),
     "data_efficiency": (
         ({"enabled": False},),
         "the order of samples follows from seed alone. Sort the data beforehand",
     ),
-    "dataloader_drop_last": ((False,), "DeepSpeed's data loader is not used"),
     "datastates_ckpt": ((), "checkpoints are written by the keys save and checkpoint_factor"),
     "disable_allgather": ((False,), "weights would no longer be the same on all ranks"),
     "expert_parallel": ((), _NOT_TRIED),
@@ -54,7 +51,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "pipeline.partition": (("best",), "pipe_partition_method is the key for it"),
     "pipeline.seed_layers": ((False,), "every layer has a seed of its own that follows from seed"),
     "pipeline.stages": (("auto",), "pipe_parallel_size is the key for it"),
-    "seq_parallel_communication_data_type": ((), "it serves Ulysses only. sequence_parallel is the key here"),
     "tensor_parallel": ((), "model_parallel_size is the key for it"),
     "torch_autocast": (({"enabled": False},), "precision is the key for it"),
     "use_data_before_expert_parallelism": ((False,), _NOT_TRIED),
@@ -71,9 +67,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "zero_optimization.zero_quantized_nontrainable_weights": ((False,), _NOT_TRIED),
     "zero_optimization.zero_quantized_gradients": ((False,), _NOT_TRIED),
     "zero_optimization.offload_optimizer.super_offload": ((False,), "it needs an extension that DeepSpeed compiles"),
-    "zero_optimization.elastic_checkpoint": ((False,), "checkpoints load at any layout as they are"),
-    "zero_optimization.load_from_fp32_weights": ((True,), "master weights always come from the checkpoint's fp32 ones"),
-    "zero_optimization.pipeline_loading_checkpoint": ((False,), "checkpoints are read by this project's own reader"),
 }
 
 # Of the keys that DeepSpeed once had: what to do.
@@ -87,6 +80,17 @@ _REMOVE = "Remove it."
 
 # Of these no value at all is accepted; an editor does not offer them.
 REFUSED_NAMES = frozenset(name for name, (values, _) in REFUSED.items() if not values)
+
+# Likewise, but accepted with a warning: the result is the same without.
+NO_EFFECT: dict[str, tuple[tuple[Any, ...], str]] = {
+    "activation_checkpointing": ((), "recomputation is set by recompute_activations and checkpoint_num_layers"),
+    "checkpoint": ((), "checkpoints are written by the keys save and checkpoint_factor, and load at any layout"),
+    "dataloader_drop_last": ((False,), "DeepSpeed's data loader is not used"),
+    "seq_parallel_communication_data_type": ((), "it serves Ulysses only. sequence_parallel is the key here"),
+    "zero_optimization.elastic_checkpoint": ((False,), "checkpoints load at any layout as they are"),
+    "zero_optimization.load_from_fp32_weights": ((True,), "master weights always come from the checkpoint's fp32 ones"),
+    "zero_optimization.pipeline_loading_checkpoint": ((False,), "checkpoints are read by this project's own reader"),
+}
 
 _TYPE_WORDS = {
     "boolean": "true or false",
@@ -153,6 +157,10 @@ def _check(draft: Draft, place: str, path: str, value: Any, entry: Mapping[str, 
         if value is not None and value not in neutral:
             draft.problem(place, f"{place} = {show(value)}: {reason}.")
         return
+    if path in NO_EFFECT:
+        idle, reason = NO_EFFECT[path]
+        if value is not None and value not in idle:
+            draft.warn(place, f"{place}: no effect here, {reason}")
     types = entry.get("types")
     if types and not any(_is(value, kind) for kind in types):
         words = [_TYPE_WORDS[kind] for kind in types if kind in _TYPE_WORDS]
@@ -175,10 +183,7 @@ def _check(draft: Draft, place: str, path: str, value: Any, entry: Mapping[str, 
         elif path == "zero_optimization" and name in table()["removed_zero"]:
             draft.problem(f"{place}.{name}", f"{place}.{name}: {_gone()} {_REMOVE}")
         else:
-            draft.problem(
-                f"{place}.{name}",
-                f"unknown key {name} in {place}.{did_you_mean(str(name), known)} Known: {', '.join(sorted(known))}.",
-            )
+            draft.problem(f"{place}.{name}", unknown_name(str(name), place, known))
 
 
 def _is(value: Any, kind: str) -> bool:

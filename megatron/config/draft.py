@@ -88,5 +88,6 @@ class Draft:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """` Did you mean ...?`, or nothing where no known word is near."""
-    near = difflib.get_close_matches(word, list(known), n=2, cutoff=0.75)
+    by_lower = {name.lower(): name for name in known}
+    near = [by_lower[name] for name in difflib.get_close_matches(word.lower(), by_lower, n=2, cutoff=0.75)]
     return f" Did you mean {' or '.join(near)}?" if near else ""

@@ -6,6 +6,7 @@ or one `ConfigError` that lists every problem found.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ def load(
     for rule in RULES:
         draft.run(rule)
     if draft.problems:
-        raise ConfigError("\n".join(draft.problems))
+        raise ConfigError("\n".join(_in_order(draft.problems, draft.files)))
     config = _freeze(draft, sources)
     if require_files:
         require_inputs(config)
@@ -166,6 +167,18 @@ def _coerce(draft: Draft, values: dict[str, Any]) -> None:
             typed = section.model_validate({name: value for name, value in mine.items() if name not in draft.failed})
         draft.values.update({name: getattr(typed, name) for name in section.model_fields})
         draft.given.update(mine)
+
+
+def _in_order(problems: list[str], files: list[str]) -> list[str]:
+    """Problems as a reader of the files meets them; those without a line stand last."""
+
+    def place(text: str) -> tuple[int, int]:
+        for index, file in enumerate(files):
+            if match := re.match(re.escape(file) + r":([0-9]+): ", text):
+                return index, int(match[1])
+        return len(files), 0
+
+    return sorted(dict.fromkeys(problems), key=place)
 
 
 def _derive(draft: Draft, machine: Machine) -> None:

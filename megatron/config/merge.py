@@ -58,6 +58,8 @@ class Merged:
         for dotted, given in overrides.items():
             value, place = (given.value, given.where) if isinstance(given, Setting) else (given, f"{where} ({dotted})")
             spelt, *rest = dotted.split(".")
+            if spelt != "comet_others":
+                rest = [part.replace("-", "_") for part in rest]
             name = self._present_name(spelt.replace("-", "_"), place)
             if not all(rest):
                 self.problems.append(f"{place}: an empty name stands between the dots. Write BLOCK.KEY=VALUE.")

@@ -5,13 +5,14 @@ Invariant: a message names the key, its value and the accepted type or choices.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from pydantic import BaseModel
 
 from megatron.config.draft import did_you_mean
 from megatron.config.schema.base import choices_of
+from megatron.config.value_hints import value_hint
 
 _KINDS = {
     "int": "a whole number",
@@ -37,8 +38,9 @@ def plain_message(dotted: str, item: Mapping[str, Any], section: type[BaseModel]
     context = item.get("ctx") or {}
     if kind == "extra_forbidden":
         block, name = dotted.rsplit(".", 1) if "." in dotted else ("", dotted)
-        known = _fields_of(section, block.split("."))
-        return f"unknown key {name} in {block}.{did_you_mean(name, known)} Known: {', '.join(known)}."
+        if block == "optimizer":
+            return f"unknown key {name} in optimizer: it holds type and params. Move {name} into params."
+        return unknown_name(name, block, _fields_of(section, block.split(".")))
     given = f"{dotted} = {show(item.get('input'))}"
     if kind == "literal_error":
         choices = choices_of(section, dotted) or tuple(str(context.get("expected", "")).replace("'", "").split(", "))
@@ -46,15 +48,28 @@ def plain_message(dotted: str, item: Mapping[str, Any], section: type[BaseModel]
     for prefix, word in _BOUNDS.items():
         if kind == prefix:
             bound = next(value for name, value in context.items() if name in ("gt", "ge", "lt", "le"))
-            return f"{given} must be {word} {bound:g}."
+            limit = bound if isinstance(bound, int) else f"{bound:g}"
+            return f"{given} must be {word} {limit}.{value_hint(dotted, item.get('input'), '')}"
     if kind == "value_error":
         return f"{given}: {context['error']}."
     if kind == "int_from_float":
         return f"{given} must be a whole number."
+    if kind == "finite_number":
+        return f"{given} must be a finite number."
     for prefix, words in _KINDS.items():
         if kind.startswith(prefix):
-            return f"{given} must be {words}."
+            return f"{given} must be {words}.{value_hint(dotted, item.get('input'), prefix)}"
     return f"{given}: {item['msg']}."
+
+
+def unknown_name(name: str, block: str, known: Collection[str]) -> str:
+    """A name that a block does not have: the nearest, or else what there is."""
+    near = did_you_mean(name, known)
+    if near:
+        return f"unknown key {name} in {block}.{near}"
+    shown = sorted(known)
+    names = ", ".join(shown) if len(shown) <= 12 else f"{', '.join(shown[:12])}, ... (configs/neox_arguments.md)"
+    return f"unknown key {name} in {block}. Known: {names}."
 
 
 def show(value: Any) -> str:

@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from megatron.common.files import atomic_write_text
+from megatron.config.deepspeed_blocks import NO_EFFECT as DEEPSPEED_NO_EFFECT
 from megatron.config.deepspeed_blocks import PLAIN_BLOCKS, REFUSED_NAMES, REMOVED, table
 from megatron.config.deepspeed_blocks import REFUSED as DEEPSPEED_REFUSED
 from megatron.config.editor_schema import editor_schema
@@ -102,10 +103,18 @@ def _deepspeed_table() -> list[str]:
     for block in ("zero_optimization", *PLAIN_BLOCKS, "comet", "timers", "pipeline"):
         names = [name for name in keys[block].get("keys", ()) if f"{block}.{name}" not in REFUSED_NAMES]
         lines.append(f"| `{block}` | {', '.join(f'`{name}`' for name in names)} |")
-    lines += ["", "Refused in them:", "", "| name | accepted | why, and what to use |", "| --- | --- | --- |"]
+    lines += [
+        "",
+        "Refused in them, or without effect:",
+        "",
+        "| name | accepted | why, and what to use |",
+        "| --- | --- | --- |",
+    ]
     for name, (values, why) in sorted(DEEPSPEED_REFUSED.items()):
         shown = f"`{_yaml(values[0])}`" if values else ""
         lines.append(f"| `{name}` | {shown} | {why} |")
+    for name, (_, why) in sorted(DEEPSPEED_NO_EFFECT.items()):
+        lines.append(f"| `{name}` | anything | no effect here, {why} |")
     removed = [*table()["removed"], *(f"zero_optimization.{name}" for name in table()["removed_zero"])]
     return lines + [f"| `{name}` | | gone from DeepSpeed. {REMOVED.get(name, '')} |" for name in removed]
 

@@ -11,6 +11,7 @@ import re
 from megatron.config.architecture_rules import ARCHITECTURE_RULES
 from megatron.config.deepspeed_blocks import check_deepspeed_blocks
 from megatron.config.draft import Draft
+from megatron.config.texts import check_texts
 
 
 def check_tensor_parallel(draft: Draft) -> None:
@@ -301,4 +302,5 @@ RULES = (
     check_split,
     check_deepspeed,
     check_deepspeed_blocks,
+    check_texts,
 )

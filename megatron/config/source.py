@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import yaml
 
 from megatron.common.errors import ConfigError
+from megatron.config.syntax_hints import explain
 
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _INT = re.compile(r"[-+]?(0|[1-9][0-9_]*)$")
@@ -67,20 +69,19 @@ def parse_source(name: str, text: str) -> Source:
     body = text.replace("\t", " ") if name.endswith(".json") else text
     try:
         root = yaml.compose(body, Loader=_LOADER)
-    except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ConfigError(f"{name}{line}: not valid YAML: {error.problem or error}{_tab_hint(body, error)}") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{name}: not valid YAML: {error}") from error
+        raise ConfigError(explain(name, body, error)) from error
     if root is None:
         return source
     if not isinstance(root, yaml.MappingNode):
+        if text.lstrip()[:9].lower().startswith(("<!doctype", "<html")):
+            raise ConfigError(f"{name}:1: this is a web page, not a configuration. Download the raw file.")
         kind = "list" if isinstance(root, yaml.SequenceNode) else "single value"
         raise ConfigError(
             f"{name}:{root.start_mark.line + 1}: holds a {kind}, not `key: value` pairs. Write one `key: value` per "
             "line."
         )
-    values = _Builder(source).mapping(root, "", normalise=True)
+    values = _Builder(source).mapping(root, "")
     source.values.update(values)
     return source
 
@@ -105,14 +106,6 @@ def parse_value(text: str, where: str = "command line") -> Any:
     return value
 
 
-def _tab_hint(text: str, error: yaml.MarkedYAMLError) -> str:
-    mark = error.problem_mark
-    lines = text.splitlines()
-    if mark and mark.line < len(lines) and "\t" in lines[mark.line]:
-        return ". The line holds a tab; indent with spaces."
-    return ""
-
-
 class _Builder:
     """Turns PyYAML's nodes into plain values and notes where each key stands."""
 
@@ -120,38 +113,64 @@ class _Builder:
         self.source = source
 
     def value(self, node: yaml.Node, path: str) -> Any:
+        self._refuse_tag(node, path)
         if isinstance(node, yaml.MappingNode):
             return self.mapping(node, path)
         if isinstance(node, yaml.SequenceNode):
             return [self.value(child, path) for child in node.value]
         return _scalar(node)
 
-    def mapping(self, node: yaml.MappingNode, path: str, *, normalise: bool = False) -> dict[str, Any]:
+    def mapping(self, node: yaml.MappingNode, path: str) -> dict[str, Any]:
         values: dict[str, Any] = {}
         seen: dict[str, tuple[str, int]] = {}
         merged: dict[str, Any] = {}
-        for key_node, value_node in node.value:
+        for key_node, value_node in self._entries(node, path):
             line = key_node.start_mark.line + 1
             if key_node.tag.endswith(":merge"):
                 # `<<: *anchor` fills in what the mapping itself does not say.
                 for part in value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]:
                     if isinstance(part, yaml.MappingNode):
-                        merged = {**self.mapping(part, path, normalise=normalise), **merged}
+                        merged = {**self.mapping(part, path), **merged}
                 continue
             spelt = str(key_node.value)
-            name = spelt.replace("-", "_") if normalise else spelt
+            # What goes to Comet keeps its spelling: those names are not ours.
+            name = spelt if path.startswith("comet_others") else spelt.replace("-", "_")
             dotted = f"{path}.{name}" if path else name
             if name in seen:
                 first, first_line = seen[name]
                 same = f"`{spelt}`" if first == spelt else f"`{spelt}` (the same key as `{first}`)"
-                self.source.problems.append(
-                    f"{self.source.name}:{line}: {same} is set twice, first in line {first_line}. Keep one of the two."
-                )
+                self._problem(key_node, f"{same} is set twice, first in line {first_line}. Keep one of the two.")
                 continue
             seen[name] = (spelt, line)
             self.source.lines[dotted] = line
             values[name] = self.value(value_node, dotted)
         return {**merged, **values}
+
+    def _entries(self, node: yaml.MappingNode, path: str) -> Iterator[tuple[yaml.Node, yaml.Node]]:
+        """The entries of a mapping whose keys are words."""
+        tuple_key = ""
+        for key_node, value_node in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                self._problem(
+                    key_node, "a key is one word, not a list or a block. Quote it if the brackets belong to it."
+                )
+            elif tuple_key:
+                # `betas: (0.9, 0.95)` is the text `(0.9` and a second key `0.95)`; the problem is noted already.
+                tuple_key = "" if key_node.value.endswith(")") else tuple_key
+            elif isinstance(value_node, yaml.ScalarNode) and re.match(r"\([^)]*$", str(value_node.value)):
+                tuple_key = key_node.value if node.flow_style else ""
+                where = f"{path}.{key_node.value}" if path else key_node.value
+                self._problem(key_node, f"{where}: a list stands in square brackets, as in [0.9, 0.95].")
+            else:
+                yield key_node, value_node
+
+    def _refuse_tag(self, node: yaml.Node, path: str) -> None:
+        if not node.tag.startswith("tag:yaml.org,2002:") or ":python" in node.tag:
+            tag = node.tag.replace("tag:yaml.org,2002:", "!!")
+            self._problem(node, f"{path} has the tag {tag}, and tags are not read. Write the value itself.")
+
+    def _problem(self, node: yaml.Node, text: str) -> None:
+        self.source.problems.append(f"{self.source.name}:{node.start_mark.line + 1}: {text}")
 
 
 def _scalar(node: yaml.Node) -> Any:

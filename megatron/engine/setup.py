@@ -8,8 +8,11 @@ from megatron.config import Config
 from megatron.engine.options import EngineOptions
 from megatron.parallel.topology import Topology
 
-# Keys of the zero_optimization block that the options carry on their own.
-_OWN_ZERO_KEYS = frozenset({"stage"})
+# Keys of the zero_optimization block that the options carry on their own, or that DeepSpeed is not to act on.
+_OWN_ZERO_KEYS = frozenset({"stage", "elastic_checkpoint", "load_from_fp32_weights", "pipeline_loading_checkpoint"})
+_OWN_EXTRA_ARGS = frozenset(
+    {"activation_checkpointing", "checkpoint", "dataloader_drop_last", "seq_parallel_communication_data_type"}
+)
 
 
 def engine_options(config: Config) -> EngineOptions:
@@ -40,7 +43,8 @@ def _pass_through(config: Config) -> dict[str, Any]:
     blocks = config.deepspeed.model_dump(exclude_defaults=True, exclude={"deepspeed", "deepspeed_extra_args"})
     if config.precision.fp32_allreduce:
         blocks.setdefault("communication_data_type", "fp32")
-    return {**blocks, **(config.deepspeed.deepspeed_extra_args or {})}
+    extra = config.deepspeed.deepspeed_extra_args or {}
+    return {**blocks, **{name: value for name, value in extra.items() if name not in _OWN_EXTRA_ARGS}}
 
 
 def topology(config: Config) -> Topology:

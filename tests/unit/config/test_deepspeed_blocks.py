@@ -60,7 +60,7 @@ def test_what_passes_deepspeed_takes(tiny: Callable[..., Config], block: str) ->
     [
         (
             {"flops_profiler": {"enable": True}},
-            "(flops_profiler): unknown key enable in flops_profiler. Did you mean enabled? Known: detailed,",
+            "(flops_profiler): unknown key enable in flops_profiler. Did you mean enabled?",
         ),
         ({"flops_profiler": {"profile_step": "x"}}, 'flops_profiler.profile_step = "x" must be a number.'),
         ({"comms_logger": {"enabled": 1}}, "comms_logger.enabled = 1 must be true or false."),

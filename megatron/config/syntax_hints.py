@@ -1,0 +1,112 @@
+"""What a YAML syntax error usually means, in words for the person who wrote the file.
+
+Looks at the text around the place where the parser gave up, which is often a line after the mistake. Invariant: names
+a line that exists, and never hides the parser's own words.
+"""
+
+from __future__ import annotations
+
+import re
+
+import yaml
+
+_NO_SPACE = re.compile(r"""^\s*["']?[A-Za-z_][\w-]*["']?:[^\s/\\]""")
+_EQUALS = re.compile(r"^\s*[A-Za-z_][\w.-]*\s*=\s*\S")
+_CONFLICT = re.compile(r"^(<{7}|={7}|>{7})( |$)")
+_COLON_IN_VALUE = re.compile(r"""^\s*["']?[\w-]+["']?:\s+[^"'\[{#][^#]*:(\s|$)""")
+
+
+def explain(name: str, text: str, error: yaml.YAMLError) -> str:
+    """`file:line: not valid YAML: ... What to do.` for an error of PyYAML."""
+    lines = text.splitlines() or [""]
+    if isinstance(error, yaml.reader.ReaderError):
+        number = text.count("\n", 0, error.position) + 1
+        code = error.character if isinstance(error.character, int) else ord(error.character)
+        return (
+            f"{name}:{number}: not valid YAML: the line holds the control character \\x{code:02x}"
+            ". Remove it, or save the file as plain UTF-8 text."
+        )
+    mark = getattr(error, "problem_mark", None)
+    # libyaml's place of an unexpected end lies behind the last line.
+    number = min(mark.line + 1, len(lines)) if mark else 1
+    number, hint = _hint(lines, number, error)
+    words = getattr(error, "problem", None) or str(error)
+    return f"{name}:{number}: not valid YAML: {words}.{f' {hint}' if hint else ''}"
+
+
+def _hint(lines: list[str], number: int, error: yaml.YAMLError) -> tuple[int, str]:
+    """The line to look at, and what to do there."""
+    for at, line in enumerate(lines, 1):
+        if _CONFLICT.match(line):
+            return at, "A merge conflict is left in the file. Resolve it."
+    if re.match(r"\s*<(!doctype|html)", "\n".join(lines[:3]), re.IGNORECASE):
+        return 1, "This is a web page. Download the raw file."
+    words = str(getattr(error, "problem", ""))
+    opened = getattr(error, "context_mark", None)
+    start = opened.line + 1 if opened else number
+    line = lines[number - 1]
+    # The parser stops at the line after an entry that it could not finish; both are suspects.
+    for at in (number, number - 1, start):
+        if 1 <= at <= len(lines):
+            hint = _hint_of_line(lines[at - 1])
+            if hint:
+                return at, hint
+    if "another document" in words:
+        return number, "A file holds one document. Remove this `---`, or split the file."
+    if "alias" in words:
+        return (
+            number,
+            "`*name` repeats what `&name` marks, which stands nowhere. Quote the text if * belongs to it.",
+        )
+    if "end of stream" in words:
+        return start, "The quote that begins here is not closed."
+    if "',' or '}'" in words or "',' or ']'" in words:
+        before = max((at for at in range(1, number) if _content(lines[at - 1])), default=number)
+        unclosed = _unclosed(lines)
+        if unclosed and number >= len(lines):
+            return unclosed, "The bracket that begins here is not closed."
+        return before, "A comma is missing at the end of this line, or a bracket above it is not closed."
+    if "node content" in words and _unclosed(lines):
+        return _unclosed(lines), "The bracket that begins here is not closed."
+    if "expected ':'" in words:
+        return number, "Write `key: value`."
+    if line.lstrip().startswith("- "):
+        return number, "A list item stands among `key: value` lines. Remove the dash, or indent it below its key."
+    if "block mapping" in str(getattr(error, "context", "")) or "mapping values" in words:
+        return number, "Lines of one block begin in the same column, and each is `key: value`."
+    return number, ""
+
+
+def _hint_of_line(line: str) -> str:
+    content = _content(line)
+    if "\t" in line[: len(line) - len(line.lstrip())]:
+        return "The line holds a tab; indent with spaces."
+    if re.search(r"(^|\s)(//|/\*)", line):
+        return "Comments begin with #."
+    if _EQUALS.match(content):
+        return "Write `key: value`, with a colon."
+    if _NO_SPACE.match(content):
+        return "A space is missing after the colon."
+    if content.rstrip().endswith(";") or "; " in content:
+        return "Write one `key: value` per line, without semicolons."
+    if _COLON_IN_VALUE.match(content):
+        return "Quote the value: it holds a colon."
+    return ""
+
+
+def _unclosed(lines: list[str]) -> int:
+    """The line of the innermost bracket that nothing closes, or 0."""
+    opened: list[int] = []
+    for at, line in enumerate(lines, 1):
+        bare = re.sub(r"\"[^\"]*\"|'[^']*'", "", _content(line))
+        for character in bare:
+            if character in "[{":
+                opened.append(at)
+            elif character in "]}" and opened:
+                opened.pop()
+    return opened[-1] if opened else 0
+
+
+def _content(line: str) -> str:
+    """A line without its comment."""
+    return re.sub(r"(^|\s)#.*", "", line).rstrip()

@@ -1,0 +1,52 @@
+"""What a value of the wrong kind was probably meant to be.
+
+Knows how people write numbers, lists and nothing; knows little of single keys. Invariant: a hint is one sentence that
+can be followed as it stands, or empty.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+_SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
+_SUFFIXED = re.compile(r"([0-9.]+)\s*([kmbgt])$", re.IGNORECASE)
+_FORMULA = re.compile(r"[0-9.]+\s*(\*\*?|/|\+|-)\s*[0-9.]+$")
+
+_OF_KEY = {
+    "warmup": "It is a part of lr_decay_iters, not a number of steps.",
+    "attention_config": 'Write [[["flash"], "all"]].',
+    "split": 'Write it as text: "969, 30, 1".',
+    "fp16.loss_scale": "0 means dynamic.",
+    "lr_decay_fraction": "It is a part of train_iters, not a number of steps.",
+}
+
+
+def value_hint(key: str, value: Any, kind: str) -> str:
+    """` Write ...`, or nothing. kind: what is required, as `messages` calls it."""
+    hint = _OF_KEY.get(key, "")
+    if value == "None":
+        hint = "Write null for nothing, or remove the key."
+    elif kind in ("int", "float") and isinstance(value, str):
+        hint = _number(value.strip()) or hint
+    elif kind == "list" and not hint and isinstance(value, str | int | float):
+        shown = [part.strip() for part in value.split(",")] if isinstance(value, str) else [value]
+        hint = f"Write [{', '.join(str(part) for part in shown)}]."
+    elif kind == "bool" and isinstance(value, str):
+        hint = "Write true or false." if value.lower() in ("y", "n", "t", "f", "1", "0") else ""
+    return f" {hint}" if hint else ""
+
+
+def _number(text: str) -> str:
+    match = _SUFFIXED.match(text)
+    if match:
+        scaled = float(match[1]) * _SUFFIXES[match[2].lower()]
+        return f"Write {int(scaled) if scaled.is_integer() else scaled}."
+    if text.endswith("%"):
+        try:
+            return f"Write {float(text[:-1]) / 100:g}."
+        except ValueError:
+            return ""
+    if re.fullmatch(r"[0-9]{1,3}(,[0-9]{3})+", text):
+        return f"Write {text.replace(',', '')}."
+    return "Nothing is computed in a file: write the result." if _FORMULA.match(text) else ""
