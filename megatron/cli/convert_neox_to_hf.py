@@ -1,6 +1,7 @@
-"""`tools/ckpts/convert_neox_to_hf.py`: a checkpoint of any layout -> a Hugging Face folder, checked before it appears.
+"""`tools/ckpts/convert_neox_to_hf.py`: a checkpoint, ours or upstream's -> a Hugging Face folder, checked first.
 
-The architecture is the checkpoint's own; the configuration gives the tokenizer and the precision.
+The architecture is the checkpoint's own (of an upstream one the configuration's, for it does not state it); the
+configuration gives the tokenizer and the precision.
 """
 
 from __future__ import annotations
@@ -8,10 +9,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron.checkpoint import open_checkpoint
 from megatron.common.errors import CheckpointError, ConfigError
 from megatron.config import Config, load
 from megatron.convert.export import PRECISIONS, export_gpt_neox
+from megatron.convert.open import open_weights
+from megatron.model.from_config import model_spec
 from megatron.tokenizer.base import Tokenizer
 from megatron.tokenizer.setup import build_tokenizer
 
@@ -27,7 +29,13 @@ def main(argv: list[str] | None = None) -> int:
             "--config_file is missing: it says which tokenizer belongs to the model, and its precision. Give it, or "
             "give --precision and --no_save_tokenizer."
         )
-    reader = open_checkpoint(args.input_dir, args.iteration, kinds=["weight"])
+    reader = open_weights(
+        args.input_dir,
+        None if config is None else model_spec(config),
+        args.iteration,
+        kinds=["weight"],
+        grouped=None if config is None else config.checkpoint.upstream_gqa_layout,
+    )
     precision = args.precision
     if config is not None and precision == "auto":
         # What the run used, not what `precision: auto` would mean on this machine.

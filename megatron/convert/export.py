@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from megatron.checkpoint import Reader
 from megatron.common.errors import CheckpointError
 from megatron.common.files import atomic_write_text, fsync_directory
+from megatron.convert.foreign import AnyReader
 from megatron.convert.gpt_neox import VOCABULARY_TENSORS, config_json, source_names
 from megatron.convert.hf_folder import MAX_FILE_BYTES, write_weights
 from megatron.convert.hf_reference import encode
@@ -41,7 +41,7 @@ class Exported:
     check: LogitCheck
 
 
-def model_spec(reader: Reader) -> ModelSpec:
+def model_spec(reader: AnyReader) -> ModelSpec:
     """The architecture that a checkpoint states. Raises: CheckpointError if it states none that is known."""
     try:
         return ModelSpec.from_dict(reader.state["model_spec"])
@@ -50,7 +50,7 @@ def model_spec(reader: Reader) -> ModelSpec:
 
 
 def export_gpt_neox(
-    reader: Reader,
+    reader: AnyReader,
     output: str | Path,
     precision: str,
     *,
@@ -98,7 +98,7 @@ def _generation(eod_id: int | None, pad_id: int | None) -> dict[str, int | None]
     return {"bos_token_id": eod_id, "eos_token_id": eod_id, "pad_token_id": pad_id}
 
 
-def _write(reader: Reader, spec: ModelSpec, folder: Path, dtype: torch.dtype, max_file_bytes: int) -> int:
+def _write(reader: AnyReader, spec: ModelSpec, folder: Path, dtype: torch.dtype, max_file_bytes: int) -> int:
     sources = source_names(spec)
     rows = dict.fromkeys(VOCABULARY_TENSORS, spec.vocab_size)
 

@@ -26,7 +26,8 @@ class ForeignReader:
     """Weights of a folder that this program did not write.
 
     get: a parameter's public name -> the whole tensor, at least `spec.vocab_size` rows of vocabulary.
-    what: a short name of the format, for messages. check: compare checksums of a part of the files, if there are any.
+    what: a short name of the format, for messages. note: what was assumed, for people.
+    check: compare checksums of a part of the files, if there are any.
     """
 
     def __init__(
@@ -37,9 +38,10 @@ class ForeignReader:
         *,
         what: str,
         step: int = 0,
+        note: str = "",
         check: Callable[[int, int], None] = lambda part, parts: None,
     ) -> None:
-        self.folder, self.step, self.what = folder, step, what
+        self.folder, self.step, self.what, self.note = folder, step, what, note
         self.state: dict[str, Any] = {"model_spec": spec.to_dict()}
         self.created, self.software = "", dict[str, str]()
         self._get, self._check, self._vocab_size = get, check, spec.vocab_size

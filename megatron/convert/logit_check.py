@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from megatron.checkpoint import Reader
 from megatron.common.errors import CheckpointError
+from megatron.convert.foreign import AnyReader
 from megatron.convert.gpt_neox import EMBEDDING, HEAD
 from megatron.convert.hf_reference import hidden_states_and_logits
 from megatron.model.build import layer_list
@@ -39,7 +39,7 @@ class LogitCheck:
 
 
 @torch.inference_mode()
-def check_logits(reader: Reader, spec: ModelSpec, folder: Path, dtype: torch.dtype, seed: int = 1234) -> LogitCheck:
+def check_logits(reader: AnyReader, spec: ModelSpec, folder: Path, dtype: torch.dtype, seed: int = 1234) -> LogitCheck:
     """Compare fixed and random prompts.
 
     Raises: CheckpointError naming the first layer whose output differs, or the rounding beyond its bound.
@@ -75,7 +75,7 @@ def prompts(spec: ModelSpec, seed: int) -> torch.Tensor:
 
 
 def native_states(
-    reader: Reader, spec: ModelSpec, tokens: torch.Tensor, dtype: torch.dtype
+    reader: AnyReader, spec: ModelSpec, tokens: torch.Tensor, dtype: torch.dtype
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """The native model's states at the places where transformers shows its own, and its logits, weights rounded to
     `dtype`.
@@ -94,7 +94,7 @@ def native_states(
     return [*states[:-2], states[-1]], states[-1] @ head.T
 
 
-def _fill(module: nn.Module, layer: str, reader: Reader, dtype: torch.dtype) -> None:
+def _fill(module: nn.Module, layer: str, reader: AnyReader, dtype: torch.dtype) -> None:
     for name, parameter in module.named_parameters():
         rows = parameter.shape[0] if f"{layer}.{name}" == EMBEDDING else None
         parameter.copy_(reader.read(f"{layer}.{name}", rows=rows, dtype=dtype))

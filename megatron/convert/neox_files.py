@@ -81,8 +81,11 @@ def open_neox(folder: Path, spec: ModelSpec, grouped: GroupedLayout | None = Non
         found = next((name for name in names if name in holders[0]), None)
         return [] if found is None else [holder[found] for holder in holders]
 
+    note = ""
     if grouped is None:
         grouped = "per_head" if any(name in loaded(2, 0) for name in _LEGACY_MLP) else "blocks"
+        if spec.num_kv_heads != spec.num_heads:
+            note = f"; its grouped-query attention as {grouped} (upstream_gqa_layout chooses)"
 
     def get(name: str) -> torch.Tensor:
         try:
@@ -94,7 +97,13 @@ def open_neox(folder: Path, spec: ModelSpec, grouped: GroupedLayout | None = Non
             ) from error
 
     return ForeignReader(
-        folder, spec, get, what="GPT-NeoX checkpoint", step=_step(folder), check=lambda i, n: _check_zip(folder, i, n)
+        folder,
+        spec,
+        get,
+        what="GPT-NeoX checkpoint",
+        step=_step(folder),
+        note=note,
+        check=lambda part, parts: _check_zip(folder, part, parts),
     )
 
 

@@ -9,14 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron.checkpoint import Reader, find
 from megatron.common.errors import ConfigError
 from megatron.config import Config
+from megatron.convert.foreign import AnyReader
+from megatron.convert.open import require_weights
 from megatron.engine.modules import LossModule
 from megatron.engine.train_engine import TrainEngine
 from megatron.evaluation import results as views
 from megatron.evaluation.run import evaluate_tasks, load_tasks
 from megatron.inference.session import join_ranks, leave_ranks, load_trained
+from megatron.model.from_config import model_spec
 from megatron.observe.setup import build_recorder
 from megatron.tokenizer.setup import build_tokenizer
 
@@ -31,13 +33,22 @@ def evaluate_from_config(config: Config) -> int:
     if not names:
         raise ConfigError("eval_tasks is not set: say what to run, for example --eval_tasks stdlib_completion")
     if folder is not None:
-        find(folder, step)  # a wrong folder shows before anything costs time
+        require_weights(folder, step)  # a wrong folder shows before anything costs time
     tokenizer = build_tokenizer(config.tokenizer)
     ranks = join_ranks(config.parallel.model_parallel_size)
-    opened: list[Reader] = []
+    opened: list[AnyReader] = []
     try:
         tasks = load_tasks(names, ranks.groups, ranks.device)
-        model = load_trained(ranks, folder, step, tokenizer, config.precision.precision, opened.append)
+        model = load_trained(
+            ranks,
+            folder,
+            step,
+            tokenizer,
+            config.precision.precision,
+            model_spec(config),
+            config.checkpoint.upstream_gqa_layout,
+            opened.append,
+        )
         reader = opened[0]
         results = evaluate_tasks(
             model,

@@ -9,15 +9,15 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from megatron.checkpoint import Reader
 from megatron.common.errors import CheckpointError
+from megatron.convert.foreign import AnyReader
 from megatron.model.build import Transformer, build_model, vocabulary_parameters
 from megatron.model.spec import ModelSpec
 from megatron.parallel.process_groups import ProcessGroups
 from megatron.parallel.sharding import get_shard_spec, set_shard_spec
 
 
-def saved_spec(reader: Reader, tp_size: int = 1) -> ModelSpec:
+def saved_spec(reader: AnyReader, tp_size: int = 1) -> ModelSpec:
     """The architecture that the checkpoint states, its vocabulary padded so that it divides over `tp_size` ranks.
 
     Raises: CheckpointError if it states none that this version knows.
@@ -32,7 +32,7 @@ def saved_spec(reader: Reader, tp_size: int = 1) -> ModelSpec:
 
 
 def load_model(
-    reader: Reader,
+    reader: AnyReader,
     groups: ProcessGroups | None = None,
     *,
     dtype: torch.dtype = torch.float32,

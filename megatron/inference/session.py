@@ -12,10 +12,13 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megatron.checkpoint import Reader, open_checkpoint
 from megatron.common.errors import CheckpointError, ConfigError
+from megatron.convert.foreign import AnyReader
+from megatron.convert.neox_layers import GroupedLayout
+from megatron.convert.open import open_weights
 from megatron.inference.load import load_model
 from megatron.model.build import Transformer
+from megatron.model.spec import ModelSpec
 from megatron.parallel.process_groups import ProcessGroups
 from megatron.parallel.topology import Topology
 from megatron.tokenizer.base import Tokenizer
@@ -77,19 +80,24 @@ def load_trained(
     step: int | None,
     tokenizer: Tokenizer,
     precision: str,
-    on_reader: Callable[[Reader], None] | None = None,
+    spec: ModelSpec | None = None,
+    grouped: GroupedLayout | None = None,
+    on_reader: Callable[[AnyReader], None] | None = None,
 ) -> Transformer:
     """The model of the newest whole checkpoint in `folder`, or of `step`. Collective.
 
-    precision: fp32 | fp16 | bfloat16, as the run's. on_reader: sees the chosen checkpoint.
+    precision: fp32 | fp16 | bfloat16, as the run's. spec: the configured model, needed where the folder is of upstream
+    GPT-NeoX, grouped: as in `open_neox`. on_reader: sees the chosen checkpoint.
     Raises: ConfigError without a folder; CheckpointError if nothing can be loaded, or the tokenizer is another one.
     """
     if folder is None:
         raise ConfigError("neither load nor save is set: say where the checkpoints are, for example load: checkpoints")
-    reader = open_checkpoint(
+    reader = open_weights(
         folder,
+        spec,
         step,
         kinds=["weight"],
+        grouped=grouped,
         part=ranks.groups.global_rank,
         parts=ranks.groups.topology.world_size,
         agree=ranks.agree,

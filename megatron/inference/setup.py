@@ -16,6 +16,7 @@ from megatron.inference.decode import DecodeSettings
 from megatron.inference.samples import Generator, read_prompts, require_writable, write_records
 from megatron.inference.sampling import Sampling
 from megatron.inference.session import Ranks, join_ranks, leave_ranks, load_trained
+from megatron.model.from_config import model_spec
 from megatron.tokenizer.setup import build_tokenizer
 
 
@@ -42,7 +43,15 @@ def generate_from_config(config: Config) -> int:
             use_cache=not section.recompute,
             keep_logits=section.return_logits,
         )
-        model = load_trained(ranks, folder, config.checkpoint.iteration, tokenizer, precision)
+        model = load_trained(
+            ranks,
+            folder,
+            config.checkpoint.iteration,
+            tokenizer,
+            precision,
+            model_spec(config),
+            config.checkpoint.upstream_gqa_layout,
+        )
         generator = Generator(model, tokenizer, settings)
         if kind == "interactive":
             _talk(generator, ranks, section.prompt_end)

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron.checkpoint import Retention, Saved, open_checkpoint, save
+from megatron.checkpoint import Retention, Saved, save
 from megatron.checkpoint.random_state import capture, restore
-from megatron.checkpoint.reader import Reader
 from megatron.common.errors import CheckpointError
+from megatron.convert.foreign import AnyReader, ForeignReader
+from megatron.convert.neox_layers import GroupedLayout
+from megatron.convert.open import foreign_folder, open_weights
 from megatron.engine.state import export_pieces, import_optimizer, import_weights, optimizer_steps
 from megatron.engine.train_engine import TrainEngine
 from megatron.model.build import parameter_names, vocabulary_parameters
@@ -59,12 +61,13 @@ class SaveOptions:
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """Where to continue from, and which parts to take."""
+    """Where to continue from, and which parts to take. grouped: as in `open_neox`."""
 
     folder: Path | None
     step: int | None = None
     allow_fresh_start: bool = False
     weights_only: bool = False
+    grouped: GroupedLayout | None = None
     with_optimizer: bool = True
     with_rng: bool = True
 
@@ -126,14 +129,21 @@ def load_run(
     if options.allow_fresh_start and not _has_any(options.folder):
         report(f"no checkpoint in {options.folder} yet: starting from step 0 (allow_fresh_start)")
         return Position()
-    reader = open_checkpoint(
+    reader = open_weights(
         options.folder,
+        engine.spec,
         options.step,
+        grouped=options.grouped,
         part=engine.groups.global_rank,
         parts=engine.groups.topology.world_size,
         agree=lambda ok: agree(ok, engine.device),
         report=report,
     )
+    if isinstance(reader, ForeignReader) and not options.weights_only:
+        raise CheckpointError(
+            f"{reader.folder} is a {reader.what}: its weights can be taken, its optimizer state and position cannot. "
+            "Set finetune: true to start a new run from these weights."
+        )
     _check_model(reader, engine.spec)
     import_weights(engine, reader)
     if options.weights_only:
@@ -150,10 +160,10 @@ def load_run(
 
 
 def _has_any(folder: Path) -> bool:
-    return folder.is_dir() and any(folder.glob("global_step*"))
+    return foreign_folder(folder) is not None or (folder.is_dir() and any(folder.glob("global_step*")))
 
 
-def _restore_rng(engine: TrainEngine, reader: Reader, report: Callable[[str], None]) -> None:
+def _restore_rng(engine: TrainEngine, reader: AnyReader, report: Callable[[str], None]) -> None:
     topology, saved = engine.groups.topology, reader.state["layout"]
     if (saved["tp"], saved["pp"], saved["dp"]) != (topology.tp_size, topology.pp_size, topology.dp_size):
         report("the layout has changed: random states (dropout) start anew, data order and weights go on exactly")
@@ -167,7 +177,7 @@ def _restore_rng(engine: TrainEngine, reader: Reader, report: Callable[[str], No
     restore(states)
 
 
-def _check_model(reader: Reader, spec: ModelSpec) -> None:
+def _check_model(reader: AnyReader, spec: ModelSpec) -> None:
     saved = _readable(reader.state.get("model_spec", {}))
     mine = spec.to_dict()
     differing = [
@@ -191,7 +201,7 @@ def _readable(saved: dict[str, Any]) -> dict[str, Any]:
         return saved
 
 
-def _check_facts(reader: Reader, facts: dict[str, Any]) -> None:
+def _check_facts(reader: AnyReader, facts: dict[str, Any]) -> None:
     saved = reader.state.get("facts", {})
     differing = [
         f"{name}: then {saved[name]!r}, now {facts[name]!r}"

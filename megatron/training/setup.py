@@ -177,6 +177,7 @@ def load_options(config: Config) -> LoadOptions:
         step=checkpoint.iteration,
         allow_fresh_start=checkpoint.allow_fresh_start,
         weights_only=checkpoint.finetune,
+        grouped=checkpoint.upstream_gqa_layout,
         with_optimizer=not checkpoint.no_load_optim,
         with_rng=not checkpoint.no_load_rng,
     )

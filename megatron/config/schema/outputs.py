@@ -26,6 +26,12 @@ class CheckpointSection(Section):
     finetune: Bool = key(False, "Take only the weights, and start from step 0.")
     no_load_optim: Bool = key(False, "Load weights without optimizer states.")
     no_load_rng: Bool = key(False, "Load without the state of the random generators.")
+    upstream_gqa_layout: Literal["blocks", "per_head"] | None = key(
+        None,
+        "Rows of grouped-query attention in an upstream checkpoint given as load: blocks since November 2024, "
+        "per_head before. Unset: per_head if the MLP has its old names (before September 2024), else blocks.",
+        ours=True,
+    )
     no_save_rng: Bool = key(False, "Save without the state of the random generators.")
 
 
