@@ -15,12 +15,11 @@ import torch
 
 from megatron.checkpoint import Reader
 from megatron.common.errors import CheckpointError
-from megatron.model.build import HEAD, WORD_EMBEDDING, build_model
+from megatron.model.build import build_model, vocabulary_parameters
 from megatron.model.spec import ModelSpec
 from megatron.parallel.sharding import ShardSpec, get_shard_spec
 
 WEIGHT = "weight"
-VOCABULARY_TENSORS = (f"{WORD_EMBEDDING}.weight", f"{HEAD}.weight")
 
 class ForeignReader:
     """Weights of a folder that this program did not write.
@@ -45,6 +44,7 @@ class ForeignReader:
         self.state: dict[str, Any] = {"model_spec": spec.to_dict()}
         self.created, self.software = "", dict[str, str]()
         self._get, self._check, self._vocab_size = get, check, spec.vocab_size
+        self._vocabulary = vocabulary_parameters(spec)
         model = build_model(spec, device="meta")
         self._specs = {name: get_shard_spec(parameter) for name, parameter in model.named_parameters()}
 
@@ -83,7 +83,7 @@ class ForeignReader:
         self._require_weight(name, kind)
         spec, tensor = self.spec(name), self._whole(name)
         shape = (spec.logical_shape[0] if rows is None else rows, *spec.logical_shape[1:])
-        if name not in VOCABULARY_TENSORS:
+        if name not in self._vocabulary:
             if tuple(tensor.shape) != shape:
                 raise CheckpointError(
                     f"{self.folder}: {name} is {tuple(tensor.shape)} there, the model's is {shape}. "

@@ -16,16 +16,24 @@ import torch
 
 from megatron.common.errors import CheckpointError
 from megatron.common.files import atomic_write_text, fsync_directory
-from megatron.convert.foreign import VOCABULARY_TENSORS, AnyReader
+from megatron.convert.foreign import AnyReader
 from megatron.convert.neox_files import open_neox
 from megatron.convert.neox_layers import layer_shard, layers_with_tensors
+from megatron.model.build import vocabulary_parameters
 from megatron.model.spec import ModelSpec
 
-# What upstream can express; a field beyond these changes the function in a way that its code does not know.
+# What upstream can express in weights alone (ALiBi and sinusoidal positions keep constants in its checkpoints).
 _POSSIBLE: dict[str, tuple[Any, ...]] = {
     "norm": ("layernorm", "rmsnorm"),
-    "position": ("rotary", "learned", "none", "alibi", "sinusoidal"),
+    "position": ("rotary", "learned", "none"),
     "activation": ("gelu", "gelu_tanh", "relu", "silu", "geglu", "swiglu", "reglu", "bilinear", "glu"),
+    "head_bias": (False,),
+    "qk_norm": (False,),
+    "norm_offset": (False,),
+    "rotary_interleaved": (False,),
+    "rope_scaling": (None,),
+    "window_layers": (None,),
+    "embedding_scale": (1.0,),
 }
 
 
@@ -69,6 +77,10 @@ def export_neox(
 
 def _require_expressible(spec: ModelSpec) -> None:
     wrong = [f"{key} is {getattr(spec, key)}" for key, known in _POSSIBLE.items() if getattr(spec, key) not in known]
+    if spec.qkv_bias != spec.attention_bias:
+        wrong.append("the biases of query, key and value are switched apart from that of the output")
+    if spec.head_dim * spec.num_heads != spec.hidden_size:
+        wrong.append(f"{spec.num_heads} heads of {spec.head_dim} are not hidden_size {spec.hidden_size}")
     if wrong:
         raise CheckpointError(f"GPT-NeoX cannot compute this model: {'; '.join(wrong)}")
 
@@ -76,7 +88,7 @@ def _require_expressible(spec: ModelSpec) -> None:
 def _write(
     reader: AnyReader, spec: ModelSpec, folder: Path, dtype: torch.dtype, tp_size: int, with_layer_files: bool
 ) -> None:
-    rows = dict.fromkeys(VOCABULARY_TENSORS, spec.padded_vocab_size)
+    rows = dict.fromkeys(vocabulary_parameters(spec), spec.padded_vocab_size)
 
     def whole(name: str) -> torch.Tensor:
         # Conversion comes last: biases are divided over the ranks in fp32 first.
@@ -102,7 +114,7 @@ def _compare(reader: AnyReader, spec: ModelSpec, folder: Path, dtype: torch.dtyp
     """Read everything back through the importer: each tensor is the checkpoint's, rounded to `dtype`."""
     written = open_neox(folder, spec, "blocks")
     for name in written.names():
-        rows = spec.padded_vocab_size if name in VOCABULARY_TENSORS else None
+        rows = spec.padded_vocab_size if name in vocabulary_parameters(spec) else None
         theirs, ours = (source.read(name, rows=rows, dtype=torch.float32) for source in (written, reader))
         # Sums of rounded shares of a bias may be off by a rounding of each share.
         if not torch.allclose(theirs, ours.to(dtype).float(), rtol=4 * torch.finfo(dtype).eps, atol=0.0):

@@ -93,7 +93,7 @@ def is_foreign(spec: ModelSpec, layer: int, key: str) -> bool:
         norms = {f"norm.{leaf}" for leaf in in_norm}
         return key not in (norms if layer == spec.num_layers + 3 else {"final_linear.weight"})
     biased = {
-        "attention.query_key_value": spec.attention_bias,
+        "attention.query_key_value": spec.qkv_bias,
         "attention.dense": spec.attention_bias,
         **dict.fromkeys((*_LINEAR1, *_LINEAR2, "mlp.w1", "mlp.w3"), spec.mlp_bias),
     }
@@ -132,6 +132,7 @@ def layer_shard(
     yield from _norm(spec, "post_attention_layernorm", block + second, whole)
     for leaf, is_there in (("weight", True), ("bias", spec.attention_bias)):
         if is_there:
+            # Upstream has one switch for the biases of both.
             yield f"attention.query_key_value.{leaf}", _query_key_value(spec, block, leaf, tp_rank, tp_size, whole)
             yield _row_parallel(spec, "attention.dense", block, leaf, tp_rank, tp_size, whole)
     for leaf, is_there in (("weight", True), ("bias", spec.mlp_bias)):
