@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron.cli import doctor
 from megatron.common.errors import ConfigError
 from megatron.common.rank import starter_of
 from megatron.config import Config, load, require_inputs
@@ -27,6 +28,8 @@ INFERENCE_SCRIPTS = ("generate", "evaluate", "eval")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns the exit code; raises MegatronError for what the user can mend."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    if "--doctor" in argv:
+        return doctor.main(argv)
     parser = Parser(prog="deepy.py", description="Start a script on every process of a run.", allow_abbrev=False)
     parser.add_argument("user_script", help="train.py, generate.py, evaluate.py or your own")
     parser.add_argument("conf_file", nargs="+", help="configuration files; .yml is appended where it is missing")
@@ -38,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--dry-run", action="store_true", help="print each rank's command and environment; start nothing"
     )
     parser.add_argument("--write-config", metavar="FILE", help="with --dry-run: write the resolved configuration here")
+    parser.add_argument(
+        "--doctor", action="store_true", help="look at this machine: what it has, lacks, and how to mend it"
+    )
     parser.add_argument("--autotuning", choices=("tune", "run"), help="not supported yet")
     add_flags(parser)
     options = parser.parse_args(argv)
