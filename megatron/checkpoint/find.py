@@ -14,47 +14,51 @@ import contextlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron.checkpoint import manifest as manifests
+from megatron.checkpoint.location import Location, RemotePath, location
 from megatron.common.errors import CheckpointError
 
 LATEST = "latest"
 PUBLISHING = ".publishing"
+PlaceT = TypeVar("PlaceT", Path, RemotePath)
 _STEP_FOLDER = re.compile(r"global_step(\d+)(\.replaced)?")
+_POINTER = re.compile(r"global_step(\d+)(-\d+)?")
 
 
 @dataclass(frozen=True)
 class CheckpointPath:
     """A complete checkpoint. notes: one sentence for each better candidate that was passed over, and why."""
 
-    folder: Path
+    folder: Location
     step: int
     manifest: dict[str, Any]
     notes: tuple[str, ...] = ()
 
 
-def step_folder(root: Path, step: int) -> Path:
+def step_folder(root: PlaceT, step: int) -> PlaceT:
     """Where the checkpoint of a step lies."""
     return root / f"global_step{step}"
 
 
-def step_folders(root: Path) -> dict[int, Path]:
+def step_folders(root: Location) -> dict[int, Location]:
     """Every folder of `root` that bears a checkpoint's name, complete or not.
 
     A save that replaces a checkpoint of the same step moves the old one to `.replaced` for a moment; it stands in if
     the new one has not arrived.
     """
-    found: dict[int, Path] = {}
+    found: dict[int, Location] = {}
     if root.is_dir():
-        for path in sorted(root.iterdir(), reverse=True):
+        there: list[Location] = [*root.iterdir()]
+        for path in sorted(there, key=lambda path: path.name, reverse=True):
             match = _STEP_FOLDER.fullmatch(path.name)
             if match and path.is_dir():
                 found[int(match.group(1))] = path
     return found
 
 
-def complete(root: Path) -> tuple[list[CheckpointPath], list[str]]:
+def complete(root: Location) -> tuple[list[CheckpointPath], list[str]]:
     """(complete checkpoints, most recently written first; a sentence for each folder that is not complete)."""
     found, notes = [], []
     for step, folder in step_folders(root).items():
@@ -66,9 +70,9 @@ def complete(root: Path) -> tuple[list[CheckpointPath], list[str]]:
     return found, notes
 
 
-def candidates(root: str | Path, step: int | None = None) -> list[CheckpointPath]:
+def candidates(root: str | Location, step: int | None = None) -> list[CheckpointPath]:
     """The complete checkpoints to try, best first, at least one. Arguments and Raises as `find`."""
-    root = Path(root)
+    root = location(root)
     if (root / manifests.MANIFEST).is_file():
         manifest = manifests.load(root)
         return [CheckpointPath(root, manifest["step"], manifest)]
@@ -87,16 +91,17 @@ def candidates(root: str | Path, step: int | None = None) -> list[CheckpointPath
         what = "does not exist" if not root.exists() else "holds no checkpoint (no global_step* folder)"
         raise CheckpointError(f"{root} {what}. Train and save one there first, or point to the folder that holds one.")
     latest, publishing = _pointed(root, LATEST), _pointed(root, PUBLISHING)
-    found.sort(key=lambda checkpoint: checkpoint.step != latest)
-    # Not a `.replaced` folder of that step: the new one it made way for never arrived.
-    found.sort(key=lambda checkpoint: checkpoint.folder.name != f"global_step{publishing}")
-    if latest is not None and latest not in [checkpoint.step for checkpoint in found]:
-        notes.append(f"{root / LATEST} names step {latest}, which is not complete")
+    found.sort(key=lambda checkpoint: latest is None or f"global_step{checkpoint.step}" != latest)
+    # Not a `.replaced` folder of that step: the new one it made way for never arrived. Nor, on object storage, the
+    # manifest of another attempt at it.
+    found.sort(key=lambda checkpoint: checkpoint.folder.name + checkpoint.manifest.get("suffix", "") != publishing)
+    if latest is not None and latest not in [f"global_step{checkpoint.step}" for checkpoint in found]:
+        notes.append(f"{root / LATEST} names step {latest.removeprefix('global_step')}, which is not complete")
     first = found[0]
     return [CheckpointPath(first.folder, first.step, first.manifest, tuple(notes)), *found[1:]]
 
 
-def find(root: str | Path, step: int | None = None) -> CheckpointPath:
+def find(root: str | Location, step: int | None = None) -> CheckpointPath:
     """The newest complete checkpoint under `root`, or the one of `step`; `root` may also be a checkpoint folder itself.
 
     Raises: CheckpointError if there is none, saying what is there instead.
@@ -104,8 +109,8 @@ def find(root: str | Path, step: int | None = None) -> CheckpointPath:
     return candidates(root, step)[0]
 
 
-def _pointed(root: Path, pointer: str) -> int | None:
+def _pointed(root: Location, pointer: str) -> str | None:
     with contextlib.suppress(OSError, UnicodeDecodeError):
-        match = _STEP_FOLDER.fullmatch((root / pointer).read_text().strip())
-        return int(match.group(1)) if match else None
+        match = _POINTER.fullmatch((root / pointer).read_text().strip())
+        return match.group() if match else None
     return None

@@ -10,7 +10,7 @@ Invariant: every element is copied from its own logical position, whatever the c
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +34,27 @@ class Block:
     def view(self, buffer: torch.Tensor) -> torch.Tensor:
         """The rectangle as a [rows, columns] view of the flat buffer."""
         return buffer[self.offset : self.offset + self.rows * self.columns].view(self.rows, self.columns)
+
+    def meets(self, other: Block) -> bool:
+        """Whether both rectangles hold an element."""
+        return (
+            max(self.row, other.row) < min(self.row + self.rows, other.row + other.rows)
+            and max(self.column, other.column) < min(self.column + self.columns, other.column + other.columns)
+        )  # fmt: skip
+
+    def spans(self, other: Block) -> Iterator[tuple[int, int]]:
+        """Where in the buffer of this rectangle the elements lie that `other` holds too: [start, stop) per row.
+
+        Whole rows are one span. The rectangles must meet.
+        """
+        row0, row1 = max(self.row, other.row), min(self.row + self.rows, other.row + other.rows)
+        col0, col1 = max(self.column, other.column), min(self.column + self.columns, other.column + other.columns)
+        first = self.offset + (row0 - self.row) * self.columns + col0 - self.column
+        if col1 - col0 == self.columns:
+            yield first, first + (row1 - row0) * self.columns
+            return
+        for row in range(row1 - row0):
+            yield first + row * self.columns, first + row * self.columns + col1 - col0
 
 
 def fold(spec: ShardSpec) -> tuple[int, int]:

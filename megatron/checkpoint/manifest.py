@@ -8,8 +8,9 @@ Layout of the JSON object (format version 1):
     format_version, step, created (UTC), created_ns, software {package: version}
     files: [{name, bytes, header_bytes, header_crc32}]
         one safetensors file per rank; a rank's number is its position in this list
+    suffix: "-1", "-2", ... where an attempt on object storage gave its files names of their own; else absent
     configs: {name: crc32}
-        the sources of the run's configuration, under configs/
+        the sources of the run's configuration, under configs/ (configs<suffix>/)
     tensors: {name: {shape, dim, used_rows?, kinds: {kind: {dtype, tp_size, pieces}}}}
         pieces: [[file, tp_rank, start, stop, offset, crc32]], offset in bytes from the start of the file
     rank_tensors: [[{name, shape, dtype, offset, crc32}]]
@@ -28,10 +29,10 @@ import re
 import time
 import zlib
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.layout import check_cover
+from megatron.checkpoint.location import Location, file_sizes
 from megatron.common.errors import CheckpointError
 from megatron.parallel.sharding import ShardSpec
 
@@ -41,9 +42,14 @@ CONFIGS = "configs"
 _FIRST_LINE = re.compile(rb'\{"manifest_crc32": "([0-9a-f]{8})",\n')
 
 
-def rank_file(rank: int) -> str:
-    """Name of the safetensors file of one rank."""
-    return f"rank_{rank:05d}.safetensors"
+def rank_file(rank: int, suffix: str = "") -> str:
+    """Name of the safetensors file of one rank; `suffix` as in the manifest."""
+    return f"rank_{rank:05d}{suffix}.safetensors"
+
+
+def configs_folder(manifest: Mapping[str, Any]) -> str:
+    """Name of the folder with the sources of the configuration."""
+    return CONFIGS + str(manifest.get("suffix", ""))
 
 
 def dumps(manifest: Mapping[str, Any]) -> bytes:
@@ -52,7 +58,7 @@ def dumps(manifest: Mapping[str, Any]) -> bytes:
     return b'{"manifest_crc32": "%08x",\n' % zlib.crc32(body) + body
 
 
-def load(folder: Path) -> dict[str, Any]:
+def load(folder: Location) -> dict[str, Any]:
     """Read and check a folder's manifest, and that every file it names is there with its size.
 
     Raises: CheckpointError naming the file that is missing, cut short or damaged.
@@ -75,17 +81,16 @@ def load(folder: Path) -> dict[str, Any]:
             f"{path} has format version {manifest['format_version']}, this program reads up to {FORMAT_VERSION}. "
             "Use the version of the program that wrote it, or a newer one."
         )
+    there = file_sizes(folder, [file["name"] for file in manifest["files"]])
     for file in manifest["files"]:
-        check_size(folder / file["name"], file["bytes"])
+        check_size(folder / file["name"], file["bytes"], there.get(file["name"]))
     return manifest
 
 
-def check_size(path: Path, expected: int) -> None:
-    """Raises: CheckpointError if the file is missing or of another size."""
-    try:
-        size = path.stat().st_size
-    except OSError:
-        raise CheckpointError(f"{path} is missing") from None
+def check_size(path: Location, expected: int, size: int | None) -> None:
+    """Raises: CheckpointError if the file is missing (size None) or of another size."""
+    if size is None:
+        raise CheckpointError(f"{path} is missing")
     if size != expected:
         raise CheckpointError(f"{path} has {size} bytes, its manifest says {expected}: it was cut short or replaced")
 

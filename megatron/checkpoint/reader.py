@@ -19,26 +19,30 @@ import torch
 from megatron.checkpoint import manifest as manifests
 from megatron.checkpoint.find import CheckpointPath, candidates
 from megatron.checkpoint.layout import blocks, copy_overlap, fold
+from megatron.checkpoint.location import ByteSource, Location, file_sizes, location
 from megatron.checkpoint.piece import DTYPES, checksum
 from megatron.common.errors import CheckpointError
 from megatron.parallel.sharding import ShardSpec
+
+# Verified in portions, so that a large tensor on object storage need not fit into memory.
+_PORTION_BYTES = 1 << 26
 
 
 class Reader:
     """One complete checkpoint folder. `step`, `state`, `software` and `created` are what its manifest says."""
 
-    def __init__(self, folder: str | Path | CheckpointPath) -> None:
+    def __init__(self, folder: str | Location | CheckpointPath) -> None:
         """Raises: CheckpointError if the folder is not complete (manifest, files and their sizes)."""
         if isinstance(folder, CheckpointPath):
             self.folder, self._manifest = folder.folder, folder.manifest
         else:
-            self.folder = Path(folder)
+            self.folder = location(folder)
             self._manifest = manifests.load(self.folder)
         self.step: int = self._manifest["step"]
         self.state: dict[str, Any] = self._manifest["state"]
         self.software: dict[str, str] = self._manifest["software"]
         self.created: str = self._manifest["created"]
-        self._mapped: dict[int, torch.Tensor] = {}
+        self._sources: dict[int, ByteSource] = {}
 
     def names(self, kind: str = "weight") -> list[str]:
         """The tensors of which this kind is stored."""
@@ -59,7 +63,7 @@ class Reader:
 
     def source_files(self) -> dict[str, str]:
         """The configuration sources that the run was started from, by name."""
-        folder = self.folder / manifests.CONFIGS
+        folder = self.folder / manifests.configs_folder(self._manifest)
         return {name: (folder / name).read_bytes().decode() for name in self._manifest["configs"]}
 
     def read(
@@ -104,13 +108,17 @@ class Reader:
         make = torch.zeros if is_extended else torch.empty
         target = make(stop - start, dtype=dtype or DTYPES[entry["dtype"]])
         wanted = blocks(spec, tp_rank, tp_size, start, stop)
+        itemsize = DTYPES[entry["dtype"]].itemsize
         for file, source_rank, piece_start, piece_stop, offset, _ in entry["pieces"]:
             held = blocks(stored, source_rank, entry["tp_size"], piece_start, piece_stop)
-            source = self._bytes(file, offset, (piece_stop - piece_start) * DTYPES[entry["dtype"]].itemsize)
+            pairs = [(block, other) for block in wanted for other in held if block.meets(other)]
+            if not pairs:
+                continue
+            spans = ((a * itemsize, b * itemsize) for block, other in pairs for a, b in other.spans(block))
+            source = self._source(file).read_spans(offset, (piece_stop - piece_start) * itemsize, spans)
             typed = source.view(DTYPES[entry["dtype"]])
-            for block in wanted:
-                for other in held:
-                    copy_overlap(target, block, typed, other)
+            for block, other in pairs:
+                copy_overlap(target, block, typed, other)
         return target
 
     def rank_tensors(self, rank: int) -> dict[str, torch.Tensor]:
@@ -133,8 +141,7 @@ class Reader:
         """
         for number, (file, entry) in enumerate(enumerate(self._manifest["files"])):
             if number % parts == part:
-                header = self._bytes(file, 0, entry["header_bytes"])
-                self._compare(header, entry["header_crc32"], file, "its header")
+                self._compare_range(file, 0, entry["header_bytes"], entry["header_crc32"], "its header")
         work = [
             (file, offset, (stop - start) * DTYPES[kind["dtype"]].itemsize, crc32, f"tensor {name} ({kind_name})")
             for name, tensor in self._manifest["tensors"].items()
@@ -143,11 +150,11 @@ class Reader:
             for file, _, start, stop, offset, crc32 in kind["pieces"]
         ]
         for file, offset, size, crc32, what in work[part::parts]:
-            self._compare(self._bytes(file, offset, size), crc32, file, what)
+            self._compare_range(file, offset, size, crc32, what)
         for rank in range(part, len(self._manifest["rank_tensors"]), parts):
             self.rank_tensors(rank)
         for name, crc32 in self._manifest["configs"].items() if part == 0 else ():
-            path = self.folder / manifests.CONFIGS / name
+            path = self.folder / manifests.configs_folder(self._manifest) / name
             try:
                 data = path.read_bytes()
             except OSError as error:
@@ -155,8 +162,12 @@ class Reader:
             if zlib.crc32(data) != crc32:
                 raise CheckpointError(f"{path} is damaged: its checksum does not fit its content")
 
-    def _compare(self, data: torch.Tensor, crc32: int, file: int, what: str) -> None:
-        if checksum(data.numpy().data) != crc32:
+    def _compare_range(self, file: int, offset: int, size: int, crc32: int, what: str) -> None:
+        value = 0
+        for begin in range(offset, offset + size, _PORTION_BYTES):
+            portion = self._bytes(file, begin, min(_PORTION_BYTES, offset + size - begin))
+            value = checksum(portion.numpy().data, value)
+        if value != crc32:
             raise CheckpointError(f"{self._path(file)} is damaged: the checksum of {what} does not fit its content")
 
     def _target_spec(self, name: str, rows: int | None) -> ShardSpec:
@@ -183,19 +194,24 @@ class Reader:
         entry: dict[str, Any] = kinds[kind]
         return entry
 
-    def _path(self, file: int) -> Path:
+    def _path(self, file: int) -> Location:
         return self.folder / self._manifest["files"][file]["name"]
 
     def _bytes(self, file: int, offset: int, size: int) -> torch.Tensor:
-        if file not in self._mapped:
+        return self._source(file).read(offset, size)
+
+    def _source(self, file: int) -> ByteSource:
+        if file not in self._sources:
             path, total = self._path(file), self._manifest["files"][file]["bytes"]
-            manifests.check_size(path, total)  # a mapping of a file that was cut short since would end the process
-            self._mapped[file] = torch.from_file(str(path), shared=False, size=total, dtype=torch.uint8)
-        return self._mapped[file][offset : offset + size]
+            if isinstance(path, Path):  # a mapping of a file that was cut short since would end the process
+                name = path.name
+                manifests.check_size(path, total, file_sizes(self.folder, [name]).get(name))
+            self._sources[file] = ByteSource(path, total)
+        return self._sources[file]
 
 
 def open_checkpoint(
-    root: str | Path,
+    root: str | Location,
     step: int | None = None,
     *,
     kinds: Collection[str] | None = None,

@@ -14,10 +14,10 @@ checkpoint's name.
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import json
 import zlib
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,32 +25,13 @@ from typing import Any
 import torch
 
 from megatron.checkpoint import manifest as manifests
-from megatron.checkpoint.find import LATEST, PUBLISHING, complete, step_folder
+from megatron.checkpoint.location import Location, RemotePath, location
+from megatron.checkpoint.object_storage import ObjectStorage
 from megatron.checkpoint.piece import Piece, encode, index_entries
-from megatron.checkpoint.storage import Storage
+from megatron.checkpoint.publish import Publication, publication
+from megatron.checkpoint.retention import Retention, Share, Verified, prune
+from megatron.checkpoint.storage import Storage, explain, size
 from megatron.common.errors import CheckpointError
-
-Agree = Callable[[bool], bool]
-
-
-@dataclass(frozen=True)
-class Retention:
-    """Which older checkpoints stay.
-
-    keep_last_n: how many of the most recently written stay (keep_last_n_checkpoints); None keeps all. Never fewer
-    than two
-        stay, so that a damaged newest one does not end a run.
-    keep_steps: steps that stay for ever (extra_save_iters).
-    keep_every: multiples of this step stay for ever.
-    """
-
-    keep_last_n: int | None = None
-    keep_steps: Collection[int] = ()
-    keep_every: int | None = None
-
-    def is_permanent(self, step: int) -> bool:
-        """Whether pruning must leave the step alone."""
-        return step in self.keep_steps or (bool(self.keep_every) and step % (self.keep_every or 1) == 0)
 
 
 @dataclass(frozen=True)
@@ -61,59 +42,64 @@ class Saved:
     defect of the run (rank 0's copy was written).
     """
 
-    folder: Path
+    folder: Location
     bytes_written: int
     differing_replicas: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
 
 def save(
-    root: str | Path,
+    root: str | Location,
     step: int,
     pieces: Iterable[Piece],
     state: Mapping[str, Any],
     *,
     rank: int = 0,
     world_size: int = 1,
-    agree: Agree = lambda ok: ok,
+    share: Share = lambda text: [text],
     source_files: Sequence[tuple[str, str]] = (),
     rank_tensors: Mapping[str, torch.Tensor] | None = None,
     used_rows: Mapping[str, int] | None = None,
     expected_names: Collection[str] | None = None,
     retention: Retention | None = None,
+    verified: Verified | None = None,
     storage: Storage | None = None,
 ) -> Saved:
     """Write the checkpoint `<root>/global_step<step>` together with all other ranks.
 
     pieces: what this rank holds. state: JSON values, the same on all ranks (rank 0's are written).
-    agree: gives all ranks whether all are well, and lets none pass before all have come (an all-reduce with minimum).
+    share: gives all ranks the texts of all, by rank, and lets none pass before all have come (all_gather_object).
     source_files: (name, text) kept verbatim under configs/. rank_tensors: this rank's own small tensors (random
     states). used_rows: per padded tensor, the rows that mean something (vocab_size); a reader may pad the rest
-    differently. expected_names: if given, exactly these tensors must be there.
-    Parallel: all ranks call it, on one shared file system.
+    differently. expected_names: if given, exactly these tensors must be there. verified: what earlier saves of this
+    process have read back; the caller keeps it.
+    Parallel: all ranks call it, on one shared file system or object store.
     Raises: CheckpointError on every rank if any rank failed; the previous checkpoints are untouched.
     """
-    root, disk = Path(root), storage or Storage()
-    temporary = root / f".global_step{step}.tmp"
-    errors = _Errors(temporary, rank, disk)
-    result = Saved(step_folder(root, step), 0)
+    root = location(root)
+    disk = storage or (ObjectStorage() if isinstance(root, RemotePath) else Storage())
+    place = publication(root, step, disk)
+    ranks = _Ranks(place, rank, share, f"step {step} was not saved in {root}")
+    held = [piece for piece in pieces if piece.start < piece.stop]
+    result = Saved(place.folder, 0)
 
-    with errors:
+    with ranks:
+        begun = place.begin() if rank == 0 else ""
+    begun = ranks.settle(begun if rank == 0 and ranks.error is None else "")[0]
+    with ranks:
+        place.join(begun, rank)
+    ranks.needed_bytes = sum(map(int, ranks.settle(str(_num_bytes(held, rank_tensors or {})))))
+    with ranks:
         if rank == 0:
-            _clean(root, disk)
-            disk.make_directory(temporary)
-    errors.settle(agree, f"cannot begin to save step {step} in {root}")
-    with errors:
-        if not temporary.is_dir():
-            raise CheckpointError(
-                f"{root} made by rank 0 is not seen by rank {rank}: the folder must be on shared storage"
-            )
-        result = Saved(result.folder, _write_rank(temporary, rank, pieces, rank_tensors or {}, disk))
-    errors.settle(agree, f"step {step} was not saved in {root}")
-    with errors:
+            _check_room(root, ranks.needed_bytes, disk)
+    ranks.settle()
+    with ranks:
+        result = Saved(place.folder, _write_rank(place, rank, held, rank_tensors or {}, disk))
+    ranks.settle()
+    with ranks:
         if rank == 0:
-            configs = _write_configs(temporary, source_files, disk)
-            names = [temporary / f"rank_{number:05d}.index.json" for number in range(world_size)]
+            configs = _write_configs(place.work / (manifests.CONFIGS + place.suffix), source_files, disk)
+            names = [place.work / f"rank_{number:05d}{place.suffix}.index.json" for number in range(world_size)]
             manifest, differing = manifests.merge(
                 [json.loads(path.read_text()) for path in names],
                 step=step,
@@ -124,21 +110,22 @@ def save(
             )
             for path in names:
                 disk.unlink(path)
-            disk.write_file(temporary / manifests.MANIFEST, [manifests.dumps(manifest)])
-            disk.flush_directory(temporary)
-            _publish(root, temporary, result.folder, disk)
-            warnings = _prune(root, step, retention or Retention(), disk)
-            result = Saved(result.folder, result.bytes_written, tuple(differing), tuple(warnings))
-    errors.settle(agree, f"step {step} was not saved in {root}")
-    return result
+            place.publish(manifest)
+            result = dataclasses.replace(result, differing_replicas=tuple(differing))
+    ranks.settle()
+    warnings = prune(
+        place, retention or Retention(), verified or Verified(), rank=rank, world_size=world_size, share=share
+    )
+    return dataclasses.replace(result, warnings=tuple(warnings))
 
 
-class _Errors:
+class _Ranks:
     """Collects this rank's failure until all ranks may speak of it: never raise on one rank between collectives."""
 
-    def __init__(self, temporary: Path, rank: int, disk: Storage) -> None:
-        self.temporary, self.rank, self.disk = temporary, rank, disk
+    def __init__(self, place: Publication, rank: int, share: Share, what: str) -> None:
+        self.place, self.rank, self.share, self.what = place, rank, share, what
         self.error: Exception | None = None
+        self.needed_bytes: int | None = None
 
     def __enter__(self) -> None:
         return None
@@ -147,30 +134,48 @@ class _Errors:
         if not isinstance(error, Exception):
             return False
         self.error = error
-        with contextlib.suppress(OSError):
-            (self.temporary / f"rank_{self.rank:05d}.error").write_text(str(error))
         return True
 
-    def settle(self, agree: Agree, what: str) -> None:
-        """Raise on every rank if any rank failed."""
-        if agree(self.error is None):
-            return
-        told = {f"rank {self.rank}": str(self.error)} if self.error else {}
-        with contextlib.suppress(OSError):
-            for path in sorted(self.temporary.glob("rank_*.error")):
-                told[f"rank {int(path.stem.removeprefix('rank_'))}"] = path.read_text()
-        agree(True)  # all have read the others' words before rank 0 gives the space back
+    def settle(self, text: str = "") -> list[str]:
+        """The texts of all ranks. Raises: CheckpointError on every rank if any rank failed, with all ranks' reasons."""
+        told = self.share(f"!{self._reason()}" if self.error else f" {text}")
+        reasons = [f"rank {rank}: {words[1:]}" for rank, words in enumerate(told) if words.startswith("!")]
+        if not reasons:
+            return [words[1:] for words in told]
         if self.rank == 0:
-            with contextlib.suppress(OSError):
-                self.disk.remove_tree(self.temporary)
-        reasons = "; ".join(f"{who}: {why}" for who, why in told.items()) or "another rank failed, see its message"
-        raise CheckpointError(f"{what}: {reasons}. Earlier checkpoints are untouched.") from self.error
+            self.place.abandon()
+        if len(told) == 1:
+            reasons = [told[0][1:]]
+        raise CheckpointError(
+            f"{self.what}: {'; '.join(reasons).rstrip('.')}. Earlier checkpoints are untouched."
+        ) from self.error
+
+    def _reason(self) -> str:
+        if isinstance(self.error, OSError):
+            return explain(self.error, self.place.disk, self.place.root, self.needed_bytes)
+        return (
+            str(self.error) if isinstance(self.error, CheckpointError) else f"{type(self.error).__name__}: {self.error}"
+        )
+
+
+def _num_bytes(pieces: Sequence[Piece], rank_tensors: Mapping[str, torch.Tensor]) -> int:
+    tensors = [piece.tensor for piece in pieces if not piece.is_replica] + list(rank_tensors.values())
+    # A header and an index entry per tensor, and the smallest unit of the file system for each of three files.
+    return sum(tensor.numel() * tensor.element_size() + 400 for tensor in tensors) + 3 * 4096
+
+
+def _check_room(root: Location, needed_bytes: int, disk: Storage) -> None:
+    free = disk.free_bytes(root)
+    if free is not None and free < needed_bytes:
+        raise CheckpointError(
+            f"the checkpoint needs {size(needed_bytes)} and {size(free)} are free in {root}; nothing was written. "
+            "Free some space, set a smaller keep_last_n_checkpoints, or save to another place"
+        )
 
 
 def _write_rank(
-    folder: Path, rank: int, pieces: Iterable[Piece], rank_tensors: Mapping[str, torch.Tensor], disk: Storage
+    place: Publication, rank: int, held: Sequence[Piece], rank_tensors: Mapping[str, torch.Tensor], disk: Storage
 ) -> int:
-    held = [piece for piece in pieces if piece.start < piece.stop]
     for piece in held:
         piece.check()
     index: dict[str, Any] = index_entries(held, rank_tensors)
@@ -180,63 +185,21 @@ def _write_rank(
         tensors.append((f"rank/{rank}/{name}", tensor, entry))
     chunks = iter(encode(tensors))
     header = bytes(next(chunks))
-    name = manifests.rank_file(rank)
-    size = disk.write_file(folder / name, (chunk for part in ([header], chunks) for chunk in part))
+    name = manifests.rank_file(rank, place.suffix)
+    size = disk.write_file(place.work / name, (chunk for part in ([header], chunks) for chunk in part))
     index["file"] = {"name": name, "bytes": size, "header_bytes": len(header), "header_crc32": zlib.crc32(header)}
-    disk.write_file(folder / f"rank_{rank:05d}.index.json", [json.dumps(index).encode()])
+    disk.write_file(place.work / f"rank_{rank:05d}{place.suffix}.index.json", [json.dumps(index).encode()])
     return size
 
 
-def _write_configs(folder: Path, source_files: Sequence[tuple[str, str]], disk: Storage) -> dict[str, int]:
+def _write_configs(folder: Location, source_files: Sequence[tuple[str, str]], disk: Storage) -> dict[str, int]:
     configs: dict[str, int] = {}
     if source_files:
-        disk.make_directory(folder / manifests.CONFIGS)
+        disk.make_directory(folder)
         for name, text in source_files:
             if not name or Path(name).name != name or name in configs:
                 raise CheckpointError(f"source file {name!r} must be a plain name, given once")
             configs[name] = zlib.crc32(text.encode())
-            disk.write_file(folder / manifests.CONFIGS / name, [text.encode()])
-        disk.flush_directory(folder / manifests.CONFIGS)
+            disk.write_file(folder / name, [text.encode()])
+        disk.flush_directory(folder)
     return configs
-
-
-def _publish(root: Path, temporary: Path, folder: Path, disk: Storage) -> None:
-    replaced = folder.with_name(folder.name + ".replaced")
-    if folder.exists():
-        if replaced.exists():
-            disk.remove_tree(replaced)
-        disk.rename(folder, replaced)
-    disk.replace_text(root / PUBLISHING, folder.name)
-    disk.rename(temporary, folder)
-    disk.flush_directory(root)
-    disk.replace_text(root / LATEST, folder.name)
-    disk.unlink(root / PUBLISHING)
-
-
-def _clean(root: Path, disk: Storage) -> None:
-    """Remove what stopped saves and prunings left: hidden temporary folders, and replaced checkpoints that arrived."""
-    disk.make_directory(root)
-    for path in root.glob(".global_step*.tmp"):
-        disk.remove_tree(path)
-    for path in root.glob("global_step*.replaced"):
-        if (root / path.name.removesuffix(".replaced") / manifests.MANIFEST).is_file():
-            disk.remove_tree(path)
-
-
-def _prune(root: Path, step: int, retention: Retention, disk: Storage) -> list[str]:
-    """Remove checkpoints beyond the retention. A failure is a warning: the new checkpoint is already published."""
-    warnings: list[str] = []
-    try:
-        for path in root.glob("global_step*.replaced"):
-            disk.remove_tree(path)
-        if retention.keep_last_n is None:
-            return warnings
-        old = [checkpoint for checkpoint in complete(root)[0] if checkpoint.step != step]
-        beyond = old[max(retention.keep_last_n, 2) - 1 :]
-        for checkpoint in (candidate for candidate in beyond if not retention.is_permanent(candidate.step)):
-            hidden = root / f".{checkpoint.folder.name}.pruned.tmp"
-            disk.rename(checkpoint.folder, hidden)
-            disk.remove_tree(hidden)
-    except OSError as error:
-        warnings.append(f"old checkpoints in {root} could not be removed: {error}")
-    return warnings

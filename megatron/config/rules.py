@@ -172,6 +172,13 @@ def check_checkpoint(draft: Draft) -> None:
         draft.problem(
             "checkpoint_factor", f"checkpoint_factor = {factor:g} must be above 1 with checkpoint_scale: log."
         )
+    keep_every = draft["keep_checkpoint_every"]
+    if keep_every is not None and draft["keep_last_n_checkpoints"] is None:
+        draft.problem(
+            "keep_checkpoint_every",
+            f"keep_checkpoint_every = {keep_every} says what pruning spares, and nothing is pruned. Set "
+            "keep_last_n_checkpoints, or remove the key.",
+        )
     if extra is not None and min(extra, default=0) < 0:
         draft.problem("extra_save_iters", f"extra_save_iters = {extra} holds a negative step. Remove it.")
     if draft["load"] is None and (draft["iteration"] is not None or draft["finetune"]):

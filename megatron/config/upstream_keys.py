@@ -152,7 +152,7 @@ NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
     "moe_router_type": (("sinkhorn",), _MOE),
     "moe_jitter_eps": ((None,), _MOE),
     **dict.fromkeys(("override_lr_scheduler", "use_checkpoint_lr_scheduler"), ((False,), "choosing between schedules")),
-    "s3_path": ((None,), "S3 storage"),
+    "s3_path": ((None,), "a second copy on S3"),
     "char_level_ppl": ((False,), "perplexity per character"),
     **dict.fromkeys(("use_mup", "coord_check", "save_base_shapes"), ((False,), _MUP)),
     "base_shapes_file": ((None,), _MUP),

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from megatron.checkpoint import find, open_checkpoint
+from megatron.checkpoint import Location, find, location, open_checkpoint
 from megatron.checkpoint.find import step_folders
 from megatron.checkpoint.manifest import MANIFEST
 from megatron.common.errors import CheckpointError
@@ -19,24 +19,24 @@ from megatron.convert.neox_layers import GroupedLayout
 from megatron.model.spec import ModelSpec
 
 
-def foreign_folder(root: str | Path, step: int | None = None) -> Path | None:
+def foreign_folder(root: str | Location, step: int | None = None) -> Path | None:
     """The folder of weights of another program that `root` means; None where it is native, or nothing at all."""
-    path = Path(root)
-    if "://" in str(root) or not path.is_dir():
+    path = location(root)
+    if not isinstance(path, Path) or not path.is_dir():
         return None
     if (path / MANIFEST).is_file() or any((folder / MANIFEST).is_file() for folder in step_folders(path).values()):
         return None
     return find_neox_folder(path, step)
 
 
-def require_weights(root: str | Path, step: int | None = None) -> None:
+def require_weights(root: str | Location, step: int | None = None) -> None:
     """Raises: CheckpointError if `open_weights` would find nothing there."""
     if foreign_folder(root, step) is None:
         find(root, step)
 
 
 def open_weights(
-    root: str | Path,
+    root: str | Location,
     spec: ModelSpec | None,
     step: int | None = None,
     *,

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron.checkpoint import local_folder
 from megatron.common.errors import ConfigError
 from megatron.config import Config
 from megatron.convert.foreign import AnyReader
@@ -100,7 +101,7 @@ def training_scorer(config: Config, engine: TrainEngine) -> Callable[[], dict[st
 def _publish(config: Config, results: dict[str, Any], step: int) -> None:
     print(views.table(results))
     path = views.write(results, config.evaluation.eval_results_prefix)
-    run_dir = Path(config.observe.log_dir or config.checkpoint.save or "logs")
+    run_dir = Path(config.observe.log_dir or local_folder(config.checkpoint.save) or "logs")
     recorder = build_recorder(config, run_dir, is_main_rank=True)
     recorder.record(step, {f"eval/{name}": value for name, value in views.metrics(results).items()})
     recorder.close()

@@ -20,7 +20,8 @@ from megatron.optim.schedule import LearningRateSchedule
 from megatron.training.plan import RunPlan
 from megatron.training.reliability.signals import StopRequest
 from megatron.training.reporting import Reporter
-from megatron.training.saving import Position, SaveOptions, save_run
+from megatron.training.saver import Saver
+from megatron.training.saving import Position
 
 # fp16 may overflow now and then while the loss scale settles; this many in a row means that it never will.
 MAX_SKIPPED_IN_A_ROW = 50
@@ -41,7 +42,7 @@ class Run:
     valid: BatchLoader | None
     test: BatchLoader | None
     reporter: Reporter
-    saving: SaveOptions
+    saver: Saver
     position: Position = field(default_factory=Position)
     replicas: ReplicaCheck | None = None
     score: Callable[[], dict[str, float]] | None = None
@@ -51,7 +52,8 @@ class Run:
     skipped: int = 0
 
     def close(self) -> None:
-        """Stop reading ahead, and let go of display and logs."""
+        """Wait for a save in the background, stop reading ahead, and let go of display and logs."""
+        self.saver.close()
         for loader in (self.train, self.valid, self.test):
             if loader is not None:
                 loader.close()
@@ -63,9 +65,16 @@ def train(run: Run) -> int:
 
     A stop waits for no more than the step or the batch of a validation that is under way; the state after that step is
     saved unless it has just been. A validation or test that is due then is left to the run that continues.
-    Returns: the exit code, 0 or that of the stop.
+    Returns: the exit code, 0 or that of the stop; the last checkpoint is on the disk then.
     Raises: NonFiniteLossError if the loss or the gradient norm is NaN or infinite; nothing of that step is saved.
+    CheckpointError if a save failed and on_save_failure is stop, or if the last one failed.
     """
+    code = _until_done(run)
+    run.saver.finish()
+    return code
+
+
+def _until_done(run: Run) -> int:
     plan, position, stop = run.plan, run.position, run.stop
     run.saved_step = position.step
     if position.step >= plan.train_iters:
@@ -129,6 +138,7 @@ def _train_one(run: Run) -> None:
         num_skipped=run.skipped,
         epoch=run.train.epoch(run.position.consumed_samples),
     )
+    run.saver.poll()
 
 
 def _check_finite(run: Run, result: StepResult, sample_ids: list[int]) -> None:
@@ -177,14 +187,5 @@ def _validate(run: Run) -> None:
 
 
 def _save(run: Run) -> None:
-    started = time.perf_counter()
-    saved = save_run(run.engine, run.position, run.saving)
+    run.saver.save(run.position)
     run.saved_step = run.position.step
-    if saved is None:
-        return
-    run.reporter.message(f"saved {saved.folder} in {time.perf_counter() - started:.1f} s")
-    for warning in saved.warnings:
-        run.reporter.message(f"warning: {warning}")
-    if saved.differing_replicas:
-        names = ", ".join(saved.differing_replicas[:5])
-        run.reporter.message(f"warning: copies of {names} differ between ranks; rank 0's were saved")

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
-from megatron.checkpoint import Retention, Saved, save
+from megatron.checkpoint import Location, Retention, Saved, Verified, save
 from megatron.checkpoint.random_state import capture, restore
 from megatron.common.errors import CheckpointError
 from megatron.convert.foreign import AnyReader, ForeignReader
@@ -49,21 +48,24 @@ class SaveOptions:
 
     facts: what must not change silently between saving and resuming, by name (fingerprints of data and tokenizer).
     about: further JSON values kept for people and tools (schedule, versions of settings).
+    is_async: write in the background (async_save). on_failure: what a failed save does to the run (on_save_failure).
     """
 
-    folder: Path | None
+    folder: Location | None
     retention: Retention = field(default_factory=Retention)
     source_files: Sequence[tuple[str, str]] = ()
     facts: dict[str, Any] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
     with_rng: bool = True
+    is_async: bool = False
+    on_failure: Literal["stop", "continue"] = "stop"
 
 
 @dataclass(frozen=True)
 class LoadOptions:
     """Where to continue from, and which parts to take. grouped: as in `open_neox`."""
 
-    folder: Path | None
+    folder: Location | None
     step: int | None = None
     allow_fresh_start: bool = False
     weights_only: bool = False
@@ -79,10 +81,15 @@ def agree(ok: bool, device: torch.device) -> bool:
     return bool(verdict.item())
 
 
-def save_run(engine: TrainEngine, position: Position, options: SaveOptions) -> Saved | None:
-    """Write a checkpoint of this moment; None where the run has no save folder. Collective."""
-    if options.folder is None:
-        return None
+def share(text: str, group: dist.ProcessGroup | None = None) -> list[str]:
+    """The texts of all ranks, by global rank. Collective; no rank passes before all have come."""
+    texts: list[str] = [""] * dist.get_world_size(group)
+    dist.all_gather_object(texts, text, group=group)
+    return texts
+
+
+def contents(engine: TrainEngine, position: Position, options: SaveOptions) -> dict[str, Any]:
+    """What a checkpoint of this moment holds beside the pieces: arguments of `megatron.checkpoint.save`."""
     spec = engine.spec
     state = {
         "model_spec": spec.to_dict(),
@@ -98,20 +105,35 @@ def save_run(engine: TrainEngine, position: Position, options: SaveOptions) -> S
         "facts": options.facts,
         **options.about,
     }
+    return {
+        "state": state,
+        "rank": engine.groups.global_rank,
+        "world_size": engine.groups.topology.world_size,
+        "source_files": options.source_files,
+        "rank_tensors": {**capture(), "divided": engine.stream.state.clone()} if options.with_rng else None,
+        "used_rows": dict.fromkeys(vocabulary_parameters(spec), spec.vocab_size),
+        # A stage that gives nothing for one of its tensors would else leave a checkpoint that looks whole.
+        "expected_names": parameter_names(spec),
+        "retention": options.retention,
+    }
+
+
+def save_run(
+    engine: TrainEngine, position: Position, options: SaveOptions, verified: Verified | None = None
+) -> Saved | None:
+    """Write a checkpoint of this moment; None where the run has no save folder. Collective.
+
+    Raises: CheckpointError on all ranks.
+    """
+    if options.folder is None:
+        return None
     return save(
         options.folder,
         position.step,
         export_pieces(engine),
-        state,
-        rank=engine.groups.global_rank,
-        world_size=engine.groups.topology.world_size,
-        agree=lambda ok: agree(ok, engine.device),
-        source_files=options.source_files,
-        rank_tensors={**capture(), "divided": engine.stream.state} if options.with_rng else None,
-        used_rows=dict.fromkeys(vocabulary_parameters(spec), spec.vocab_size),
-        # A stage that gives nothing for one of its tensors would else leave a checkpoint that looks whole.
-        expected_names=parameter_names(spec),
-        retention=options.retention,
+        share=share,
+        verified=verified,
+        **contents(engine, position, options),
     )
 
 
@@ -159,8 +181,10 @@ def load_run(
     return Position(**reader.state["position"])
 
 
-def _has_any(folder: Path) -> bool:
-    return foreign_folder(folder) is not None or (folder.is_dir() and any(folder.glob("global_step*")))
+def _has_any(folder: Location) -> bool:
+    if foreign_folder(folder) is not None:
+        return True
+    return folder.is_dir() and any(path.name.startswith("global_step") for path in folder.iterdir())
 
 
 def _restore_rng(engine: TrainEngine, reader: AnyReader, report: Callable[[str], None]) -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron.checkpoint import Retention
+from megatron.checkpoint import Retention, local_folder, location
 from megatron.common.errors import ConfigError, DataError
 from megatron.config import Config
 from megatron.config.plan.flops import flops_per_token
@@ -38,6 +39,7 @@ from megatron.training.loop import Run
 from megatron.training.plan import RunPlan, SaveSchedule
 from megatron.training.reliability.signals import StopRequest
 from megatron.training.reporting import Reporter
+from megatron.training.saver import Saver
 from megatron.training.saving import LoadOptions, SaveOptions, load_run
 
 
@@ -69,6 +71,8 @@ def build_run(config: Config, asked: Callable[[], int] = lambda: 0) -> Run:
     schedule = learning_rate_schedule(config)
     facts = {"train data": datasets.train.fingerprint, "tokenizer": tokenizer.fingerprint}
     about = {"schedule": asdict(schedule), "config": config.to_upstream_dict()}
+    saver = Saver(engine, save_options(config, facts, about), reporter.message)
+    saver.check_folder()
     run = Run(
         engine,
         plan,
@@ -77,16 +81,7 @@ def build_run(config: Config, asked: Callable[[], int] = lambda: 0) -> Run:
         valid,
         test,
         reporter,
-        SaveOptions(
-            folder=Path(config.checkpoint.save) if config.checkpoint.save else None,
-            retention=Retention(
-                config.checkpoint.keep_last_n_checkpoints, tuple(config.checkpoint.extra_save_iters or ())
-            ),
-            source_files=[(Path(source.path).name, source.text) for source in config.files],
-            facts=facts,
-            about=about,
-            with_rng=not config.checkpoint.no_save_rng,
-        ),
+        saver,
         stop=StopRequest(asked, limit_mins=config.training.exit_duration_in_mins),
     )
     if config.training.check_replicas:
@@ -169,11 +164,30 @@ def learning_rate_schedule(config: Config) -> LearningRateSchedule:
     )
 
 
+def save_options(config: Config, facts: dict[str, Any], about: dict[str, Any]) -> SaveOptions:
+    """Where, what and how to save, by the checkpoint keys. facts, about: as in `SaveOptions`."""
+    checkpoint = config.checkpoint
+    return SaveOptions(
+        folder=location(checkpoint.save) if checkpoint.save else None,
+        retention=Retention(
+            checkpoint.keep_last_n_checkpoints,
+            tuple(checkpoint.extra_save_iters or ()),
+            checkpoint.keep_checkpoint_every,
+        ),
+        source_files=[(Path(source.path).name, source.text) for source in config.files],
+        facts=facts,
+        about=about,
+        with_rng=not checkpoint.no_save_rng,
+        is_async=checkpoint.async_save,
+        on_failure=checkpoint.on_save_failure,
+    )
+
+
 def load_options(config: Config) -> LoadOptions:
     """Where to continue from, by the checkpoint keys."""
     checkpoint = config.checkpoint
     return LoadOptions(
-        folder=Path(checkpoint.load) if checkpoint.load else None,
+        folder=location(checkpoint.load) if checkpoint.load else None,
         step=checkpoint.iteration,
         allow_fresh_start=checkpoint.allow_fresh_start,
         weights_only=checkpoint.finetune,
@@ -185,7 +199,7 @@ def load_options(config: Config) -> LoadOptions:
 
 def run_folder(config: Config) -> Path:
     """Where the run's log goes: log_dir, else beside the checkpoints, else logs/."""
-    return Path(config.observe.log_dir or config.checkpoint.save or "logs")
+    return Path(config.observe.log_dir or local_folder(config.checkpoint.save) or "logs")
 
 
 def describe(config: Config) -> str:

@@ -13,8 +13,12 @@ from megatron.config.schema.base import Bool, Float, Int, Section, key
 class CheckpointSection(Section):
     """Saving and loading."""
 
-    save: str | None = key(None, "Folder for checkpoints. Needs checkpoint_factor or extra_save_iters.")
-    load: str | None = key(None, "Folder to continue from. Finding none there is an error unless allow_fresh_start.")
+    save: str | None = key(
+        None, "Folder or fsspec address (s3://bucket/run) for checkpoints. Needs checkpoint_factor or extra_save_iters."
+    )
+    load: str | None = key(
+        None, "Folder or fsspec address to continue from. Finding none there is an error unless allow_fresh_start."
+    )
     allow_fresh_start: Bool = key(False, "Start from step 0 when load holds no checkpoint yet.", ours=True)
     iteration: Int | None = key(None, "Step of the checkpoint to load. Unset: the newest.", unit="steps", ge=0)
     checkpoint_scale: Literal["linear", "log"] = key(
@@ -22,7 +26,20 @@ class CheckpointSection(Section):
     )
     checkpoint_factor: Float | None = key(None, "Steps between checkpoints, or the base of checkpoint_scale log.", gt=0)
     extra_save_iters: list[Int] | None = key(None, "Further steps to save at; 0 is allowed.")
-    keep_last_n_checkpoints: Int | None = key(None, "Remove older checkpoints; those of extra_save_iters stay.", gt=0)
+    keep_last_n_checkpoints: Int | None = key(
+        None,
+        "Remove older checkpoints, but never below two whose checksums were read back; extra_save_iters stay.",
+        gt=0,
+    )
+    keep_checkpoint_every: Int | None = key(
+        None, "Checkpoints of steps that are multiples of this are never removed.", unit="steps", gt=0, ours=True
+    )
+    async_save: Bool = key(
+        False, "Write checkpoints in the background; training waits only for the copy to host memory.", ours=True
+    )
+    on_save_failure: Literal["stop", "continue"] = key(
+        "stop", "After a failed save, stop the run, or go on training and try again at the next one.", ours=True
+    )
     finetune: Bool = key(False, "Take only the weights, and start from step 0.")
     no_load_optim: Bool = key(False, "Load weights without optimizer states.")
     no_load_rng: Bool = key(False, "Load without the state of the random generators.")

@@ -56,21 +56,21 @@ def cut(
     return dealt
 
 
-def together(world_size: int, work: Callable[[int, Callable[[bool], bool]], Any]) -> list[Any]:
-    """Call work(rank, agree) in one thread per rank; each one's result, or the exception it raised."""
-    votes = [True] * world_size
+def together(world_size: int, work: Callable[[int, Callable[[str], list[str]]], Any]) -> list[Any]:
+    """Call work(rank, share) in one thread per rank; each one's result, or the exception it raised."""
+    texts = [""] * world_size
     barrier = threading.Barrier(world_size, timeout=30)
 
     def one(rank: int) -> Any:
-        def agree(ok: bool) -> bool:
-            votes[rank] = ok
+        def share(text: str) -> list[str]:
+            texts[rank] = text
             barrier.wait()
-            result = all(votes)
+            result = list(texts)
             barrier.wait()
             return result
 
         try:
-            return work(rank, agree)
+            return work(rank, share)
         except Exception as error:
             return error
 
@@ -78,12 +78,17 @@ def together(world_size: int, work: Callable[[int, Callable[[bool], bool]], Any]
         return list(pool.map(one, range(world_size)))
 
 
-def save_with_threads(root: Path, step: int, dealt: list[list[Piece]], **arguments: Any) -> list[Any]:
+def agreeing(share: Callable[[str], list[str]]) -> Callable[[bool], bool]:
+    """`agree` made of `share`."""
+    return lambda ok: all(text == "True" for text in share(str(ok)))
+
+
+def save_with_threads(root: str | Path, step: int, dealt: list[list[Piece]], **arguments: Any) -> list[Any]:
     """Save with one thread per rank; each one's result, or the exception it raised."""
 
-    def work(rank: int, agree: Callable[[bool], bool]) -> Saved:
+    def work(rank: int, share: Callable[[str], list[str]]) -> Saved:
         return save(
-            root, step, dealt[rank], {"by": 0}, rank=rank, world_size=len(dealt), agree=agree,
+            root, step, dealt[rank], {"by": 0}, rank=rank, world_size=len(dealt), share=share,
             rank_tensors={"number": torch.tensor([rank])}, **arguments,
         )  # fmt: skip
 

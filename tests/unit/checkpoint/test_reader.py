@@ -11,7 +11,7 @@ import torch
 from megatron.checkpoint import Piece, Reader, find, open_checkpoint, save
 from megatron.common.errors import CheckpointError
 from megatron.parallel.sharding import ShardSpec
-from tests.unit.checkpoint.saving import SPECS, cut, random_tensors, save_with_threads, together
+from tests.unit.checkpoint.saving import SPECS, agreeing, cut, random_tensors, save_with_threads, together
 
 
 @pytest.fixture
@@ -82,15 +82,21 @@ def test_every_process_comes_to_the_same_choice(root: Path) -> None:
         except CheckpointError:
             failing.append(part)
     assert failing
-    for outcome in together(3, lambda part, agree: open_checkpoint(root, part=part, parts=3, agree=agree, report=str)):
+    for outcome in together(
+        3, lambda part, share: open_checkpoint(root, part=part, parts=3, agree=agreeing(share), report=str)
+    ):
         assert outcome.step == 1
 
 
 def test_processes_that_see_different_checkpoints_say_so(root: Path, tmp_path: Path) -> None:
     shutil.copytree(root / "global_step1", tmp_path / "other" / "global_step1")
-    for outcome in together(2, lambda part, agree: open_checkpoint([root, tmp_path / "other"][part], agree=agree)):
+    for outcome in together(
+        2, lambda part, share: open_checkpoint([root, tmp_path / "other"][part], agree=agreeing(share))
+    ):
         assert "the ranks see different checkpoints" in str(outcome)
-    for outcome in together(2, lambda part, agree: open_checkpoint([root, tmp_path / "none"][part], agree=agree)):
+    for outcome in together(
+        2, lambda part, share: open_checkpoint([root, tmp_path / "none"][part], agree=agreeing(share))
+    ):
         assert "another rank cannot see" in str(outcome) or "does not exist" in str(outcome)
 
 
