@@ -87,6 +87,7 @@ ADAM = {"type": "Adam", "params": {"lr": 1e-3}}
         (1, {"save": "x"}, "needs to know when. Set checkpoint_factor"),
         (1, {"checkpoint_factor": 1.5}, "must be a whole number of steps"),
         (1, {"checkpoint_factor": 1, "checkpoint_scale": "log"}, "must be above 1"),
+        (1, {"keep_checkpoint_every": 5}, "says what pruning spares, and nothing is pruned"),
         (1, {"extra_save_iters": [1, -2]}, "holds a negative step"),
         (1, {"finetune": True}, "finetune = true needs load"),
         (1, {"iteration": 5}, "iteration = 5 needs load"),
