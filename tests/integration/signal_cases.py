@@ -5,24 +5,24 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch.distributed as dist
 
-from megatron.checkpoint.storage import Storage
 from megatron.cli import train as command
 from megatron.common.errors import Stopped
 from megatron.data import index_cache
 from megatron.engine.train_engine import TrainEngine
-from megatron.training import loop
+from megatron.training import saver
 
 PHASES = {
     "start": (TrainEngine, "__init__"),
     "index": (index_cache.np, "save"),
     "train": (TrainEngine, "train_step"),
     "validate": (TrainEngine, "evaluate"),
-    "save": (Storage, "write_file"),
+    "save": (sys.modules["megatron.checkpoint.save"], "_write_rank"),
 }
 
 
@@ -40,7 +40,7 @@ def stopped_run(
     with contextlib.ExitStack() as stack:
         stack.enter_context(_each_call(TrainEngine, "train_step", lambda result: seen["losses"].append(result.loss)))
         stack.enter_context(_each_call(TrainEngine, "evaluate", lambda _: seen.update(evaluated=seen["evaluated"] + 1)))
-        stack.enter_context(_each_call(loop, "save_run", lambda saved: seen["saved"].append(saved.folder.name)))
+        stack.enter_context(_each_call(saver, "save_run", lambda saved: seen["saved"].append(saved.folder.name)))
         if phase != "never":
             # One rank sends, as a scheduler would: each rank is told once.
             targets = pids if rank is None else [pids[rank]]

@@ -37,7 +37,7 @@ MOMENTS = {
     "last-validation": ("validate", 4, 6),
     "test": ("validate", 8, 6),
     "save": ("save", 1, 4),
-    "last-save": ("save", 4, 6),
+    "last-save": ("save", 2, 6),
 }
 CASES = [("dp2", moment) for moment in MOMENTS]
 CASES += [(layout, moment) for layout in ("one", "tp2", "pp2", "zero3") for moment in ("validation", "save")]
