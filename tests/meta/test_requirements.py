@@ -15,8 +15,17 @@ FOLDER = ROOT / "requirements"
 FILES = sorted(FOLDER.glob("requirements*.txt"))
 # Found at run time where they are installed, and never required.
 DETECTED = {"flash_attn", "torchao", "triton"}
-# Tools that are run, a viewer, and type stubs.
-NOT_IMPORTED = {"pytest-xdist", "pytest-timeout", "ruff", "mypy", "import-linter", "types-pyyaml", "tensorboard"}
+# Tools that are run, a viewer, type stubs, and what fsspec loads for an address.
+NOT_IMPORTED = {
+    "pytest-xdist",
+    "pytest-timeout",
+    "ruff",
+    "mypy",
+    "import-linter",
+    "types-pyyaml",
+    "tensorboard",
+    "s3fs",
+}
 
 
 def canonical(name: str) -> str:
