@@ -18,8 +18,10 @@ from megatron.common.rank import starter_of
 from megatron.config import Config, load, require_inputs
 from megatron.config.draft import did_you_mean
 from megatron.config.plan import plan_text
+from megatron.launch import node
 from megatron.launch.arguments import Parser, add_flags, overrides_of
-from megatron.launch.commands import rank_commands
+from megatron.launch.commands import needs_other_hosts, rank_commands
+from megatron.launch.several_hosts import describe_job, run_job
 from megatron.launch.spawn import run_ranks
 
 INFERENCE_SCRIPTS = ("generate", "evaluate", "eval")
@@ -30,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     if "--doctor" in argv:
         return doctor.main(argv)
+    if argv[:1] == ["--node"]:
+        return node.main(argv[1:])
     parser = Parser(prog="deepy.py", description="Start a script on every process of a run.", allow_abbrev=False)
     parser.add_argument("user_script", help="train.py, generate.py, evaluate.py or your own")
     parser.add_argument("conf_file", nargs="+", help="configuration files; .yml is appended where it is missing")
@@ -85,7 +89,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def start(config: Config, script: str) -> int:
-    """Start the script's processes and wait for them; a single one takes this process's place."""
+    """Start the script's processes and wait for them; a single one on this host takes this process's place."""
+    if needs_other_hosts(config, os.environ):
+        return run_job(config, script)
     folder = Path(tempfile.mkdtemp(prefix="megatron-"))
     try:
         file = folder / "config.json"
@@ -101,12 +107,14 @@ def start(config: Config, script: str) -> int:
 
 
 def _dry_run(config: Config, script: str, config_file: str | None) -> int:
-    commands = rank_commands(config, script, config_file or "CONFIG.json")
     if config_file:
         config.write(config_file)
     else:
         print("# CONFIG.json: the resolved configuration (--write-config CONFIG.json writes it)")
-    for command in commands:
+    if needs_other_hosts(config, os.environ):
+        print(describe_job(config, script))
+        return 0
+    for command in rank_commands(config, script, config_file or "CONFIG.json"):
         print(command.shell_line())
     return 0
 

@@ -6,11 +6,14 @@ Starts nothing. Invariant: world_size = stages * dp * tp and train_batch_size = 
 from __future__ import annotations
 
 import math
+import os
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron.common.devices import count_gpus
 from megatron.config.draft import Draft
-from megatron.config.hosts import HostfileError, read_hosts
+from megatron.config.hosts import HostfileError, default_hostfile, read_hosts
 
 
 @dataclass(frozen=True)
@@ -26,12 +29,39 @@ class Machine:
     single_replica: bool = False
 
 
+def derive_launcher(draft: Draft, machine: Machine) -> None:
+    """One launcher out of `launcher`, `deepspeed_slurm` and `deepspeed_mpi`; and the hostfile that it reads."""
+    meanings = {"deepspeed_slurm": ("slurm",), "deepspeed_mpi": ("openmpi", "mpich", "mvapich", "impi")}
+    asked = [name for name in meanings if draft[name]]
+    if len(asked) == 2:
+        draft.fail("deepspeed_mpi", "deepspeed_slurm and deepspeed_mpi are both true. Keep one of the two.")
+    for name in asked:
+        if draft.is_given("launcher") and draft["launcher"] not in meanings[name]:
+            draft.fail(
+                "launcher",
+                f"launcher = {draft['launcher']} contradicts {name} = true ({draft.place(name)}), which is for "
+                f"{' or '.join(meanings[name])}. Remove one of the two.",
+            )
+        draft.derive("launcher", meanings[name][0], name)
+    if machine.devices is not None or machine.single_replica:
+        return
+    if draft["launcher"] == "slurm":
+        if draft["hostfile"] is not None:
+            draft.warn("hostfile", "hostfile has no effect with launcher = slurm: the allocation says which hosts")
+    elif draft["hostfile"] is None and (found := default_hostfile(os.environ)) is not None:
+        draft.derive("hostfile", found[0], found[1])
+
+
 def derive_world(draft: Draft, machine: Machine) -> None:
     """device, world_size and data_parallel_size."""
-    gpus = 0 if draft["device"] == "cpu" else count_gpus()
+    gpus = 0 if draft["device"] == "cpu" else _gpus_per_host(draft, machine)
     if draft["device"] == "auto":
         draft.values["device"] = "cuda" if gpus else "cpu"
         draft.origins["device"] = "derived from the GPUs found"
+        if draft["hostfile"] is not None and draft["launcher"] != "slurm" and not gpus:
+            draft.warn(
+                "hostfile", "this host has no GPU, so all hosts compute on their CPUs; device: cuda says otherwise"
+            )
     stages, tp = max(1, draft["pipe_parallel_size"]), draft["model_parallel_size"]
     replica = stages * tp
     world, source, settled = _count_processes(draft, machine, gpus, replica)
@@ -61,7 +91,18 @@ def _count_processes(draft: Draft, machine: Machine, gpus: int, replica: int) ->
     if draft.is_given("global_num_gpus"):
         return draft["global_num_gpus"], "global_num_gpus", True
     per_host = draft["num_gpus"]
-    if draft["hostfile"] is not None:
+    if draft["launcher"] == "slurm" and (allocated := allocated_nodes(os.environ)):
+        nodes = draft["num_nodes"] if draft["num_nodes"] > 0 else allocated
+        if nodes > allocated:
+            draft.fail(
+                "num_nodes", f"num_nodes = {nodes}, and the allocation has {allocated}. Ask Slurm for more, or less."
+            )
+        if per_host is None:
+            per_host = gpus if draft["device"] == "cuda" else draft["cpu_processes"]
+        if per_host is None:
+            per_host = math.ceil(replica / nodes)
+        return per_host * nodes, f"{per_host} on each of {nodes} nodes of the allocation", True
+    if draft["hostfile"] is not None and draft["launcher"] != "slurm":
         try:
             hosts = read_hosts(draft["hostfile"], draft["include"], draft["exclude"], draft["num_nodes"])
         except HostfileError as error:
@@ -80,6 +121,21 @@ def _count_processes(draft: Draft, machine: Machine, gpus: int, replica: int) ->
         return draft["cpu_processes"] * nodes, "cpu_processes", not machine.planning
     draft.derive("cpu_processes", replica, "one replica")
     return replica * nodes, "one replica on the CPU", False
+
+
+def allocated_nodes(environment: Mapping[str, str]) -> int:
+    """Nodes of the Slurm allocation that this process runs in, or 0 outside one."""
+    return int(environment.get("SLURM_JOB_NUM_NODES") or environment.get("SLURM_NNODES") or 0)
+
+
+def _gpus_per_host(draft: Draft, machine: Machine) -> int:
+    """What one host offers: this one, or with launcher = slurm one of the allocation, which may be elsewhere."""
+    if draft["launcher"] == "slurm" and machine.devices is None:
+        for name in ("SLURM_GPUS_ON_NODE", "SLURM_GPUS_PER_NODE"):
+            # Reads `4`, or `a100:4`.
+            if found := re.search(r"(\d+)$", os.environ.get(name, "")):
+                return int(found[1])
+    return count_gpus()
 
 
 def derive_batch(draft: Draft) -> None:

@@ -18,7 +18,7 @@ from megatron.config.derive import DERIVATIONS
 from megatron.config.draft import Draft, did_you_mean
 from megatron.config.files import require_inputs
 from megatron.config.former_keys import GONE
-from megatron.config.layout import Machine, derive_batch, derive_world
+from megatron.config.layout import Machine, derive_batch, derive_launcher, derive_world
 from megatron.config.merge import Merged
 from megatron.config.messages import plain_message, show
 from megatron.config.resolved import Config, SourceFile
@@ -183,6 +183,7 @@ def _in_order(problems: list[str], files: list[str]) -> list[str]:
 
 def _derive(draft: Draft, machine: Machine) -> None:
     world = ("world_size", "data_parallel_size")
+    draft.run(lambda draft: derive_launcher(draft, machine), ("launcher",))
     draft.run(lambda draft: derive_world(draft, machine), world)
     draft.run(derive_batch, ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"))
     for derivation, outputs in DERIVATIONS:

@@ -69,11 +69,6 @@ NO_EFFECT: dict[str, tuple[Any, str]] = {
     "lazy_mpu_init": (False, _DEAD),
     "gmlp_attn_dim": (64, "it only serves gmlp layers"),
     "data_impl": (("infer", "mmap", "cached"), "the files say themselves which format they have"),
-    "launcher": ("pdsh", "other hosts are reached through srun, mpirun or torchrun"),
-    "deepspeed_slurm": (False, "the variables of srun are recognised by themselves"),
-    "deepspeed_mpi": (False, "the variables of mpirun are recognised by themselves"),
-    "force_multi": (False, "the launcher looks at the hosts"),
-    "no_ssh_check": (False, "no ssh connection is probed"),
     "onnx_safe": (False, "activations are plain torch operations"),
     "memory_profiling_path": (None, "it only serves memory_profiling"),
     "profile_step_start": (10, "it only serves profile"),
@@ -176,7 +171,6 @@ NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
     **dict.fromkeys(("log_grad_pct_zeros", "log_param_norm", "log_optimizer_states"), ((False,), "this statistic")),
     "log_gradient_noise_scale": ((False,), "the gradient noise scale"),
     **dict.fromkeys(("memory_profiling", "profile"), ((False,), _PROFILE)),
-    **dict.fromkeys(("comment", "account"), ((None,), "starting Slurm jobs; give it to srun or sbatch")),
 }
 
 NOT_YET_VALUES: dict[str, tuple[tuple[Any, ...], str]] = {

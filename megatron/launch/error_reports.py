@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+MAX_HOSTS = 4
 _FRONT = re.compile(r"\[rank (\d+) on ([^\]]*)\] ?")
 
 
@@ -32,6 +33,7 @@ class ErrorReports:
         self._on_first = on_first
         self._lock = threading.Lock()
         self._reports: dict[int, _Report] = {}
+        self.first_rank: int | None = None
 
     def take(self, rank: int, line: str) -> bool:
         """Keep a line that this rank wrote, if it belongs to an error report. Returns whether it does."""
@@ -40,6 +42,8 @@ class ErrorReports:
             return False
         with self._lock:
             is_first = not self._reports
+            if is_first:
+                self.first_rank = rank
             report = self._reports.setdefault(rank, _Report(front[2]))
             report.lines.append(line[front.end() :].rstrip("\n"))
         if is_first:
@@ -50,16 +54,26 @@ class ErrorReports:
         """Whether this rank reported an error."""
         return rank in self._reports
 
-    def show(self) -> str:
-        """What is new since the last call: each text once, behind the ranks that reported it; or nothing."""
+    def show(self, last: int | None = None) -> str:
+        """What is new since the last call: each text once, behind the ranks that reported it; or nothing.
+
+        last: this rank's text comes last, and is repeated if others have something new to say after it.
+        """
         with self._lock:
-            groups: dict[tuple[str, str], list[int]] = {}
+            if last in self._reports and any(r.shown < len(r.lines) for n, r in self._reports.items() if n != last):
+                self._reports[last].shown = 0
+            groups: dict[str, list[int]] = {}
             for rank, report in self._reports.items():
                 if report.shown < len(report.lines):
                     text = "\n".join(report.lines[report.shown :])
-                    groups.setdefault((report.host, text), []).append(rank)
+                    groups.setdefault(text, []).append(rank)
                     report.shown = len(report.lines)
-        return "".join(f"[{self._name(ranks)} on {host}] {text}\n" for (host, text), ranks in groups.items())
+        shown = sorted(groups.items(), key=lambda group: last in group[1])
+        return "".join(f"[{self._name(ranks)} on {self._hosts(ranks)}] {text}\n" for text, ranks in shown)
+
+    def _hosts(self, ranks: list[int]) -> str:
+        hosts = list(dict.fromkeys(self._reports[rank].host for rank in ranks))
+        return ", ".join(hosts) if len(hosts) <= MAX_HOSTS else f"{len(hosts)} hosts"
 
     def _name(self, ranks: list[int]) -> str:
         if len(ranks) == 1:

@@ -1,7 +1,8 @@
-"""Run the ranks of one host, pass on their output and signals, and leave nothing behind.
+"""Run the ranks of a run, pass on their output and signals, and leave nothing behind.
 
-Knows no configuration. Rank 0 writes straight to the terminal; the other ranks' lines go to stderr with `[rank N]` in
-front; errors that ranks report are kept a moment, so that one that all of them report is shown once.
+Knows no configuration, and other hosts only as ranks that it can signal and that end (`megatron.launch.team`). Rank 0
+writes straight to the terminal; the other ranks' lines go to stderr with `[rank N]` in front; errors that ranks report
+are kept a moment, so that one that all of them report is shown once.
 Invariant: when `run_ranks` returns or this process dies, by whatever signal, no rank is running any more.
 """
 
@@ -17,9 +18,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import IO
+from typing import IO, Protocol
 
 from megatron.launch.commands import RankCommand
 from megatron.launch.error_reports import ErrorReports
@@ -35,67 +36,117 @@ LAST_WORDS_LINES = 30
 _PR_SET_PDEATHSIG = 1
 
 
-class _Rank:
-    """One child process, the threads that read its output, and its last lines."""
+class RankProcess(Protocol):
+    """What is asked of a rank's process, here or on another host, as of subprocess.Popen."""
 
-    def __init__(self, command: RankCommand, shares_group: bool, reports: ErrorReports) -> None:
-        self.number = command.rank
+    returncode: int | None
+
+    def poll(self) -> int | None: ...
+
+    def wait(self) -> int: ...
+
+
+class Rank:
+    """One rank: what is done with its output, and its last lines. host: where it runs, if not here."""
+
+    process: RankProcess
+    shares_group = False
+
+    def __init__(self, number: int, reports: ErrorReports, host: str | None = None) -> None:
+        self.number = number
         self.reports = reports
-        self.shares_group = shares_group
         self.last_words: collections.deque[str] = collections.deque(maxlen=LAST_WORDS_LINES)
-        first = self.number == 0
-        self.process = subprocess.Popen(
-            command.arguments,
-            env={**os.environ, **command.added, "MEGATRON_PARENT_PID": str(os.getpid())},
-            stdin=None if first else subprocess.DEVNULL,
-            stdout=None if first else subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            process_group=None if shares_group else 0,
-            preexec_fn=_die_with_parent,
-        )
         self.readers: list[threading.Thread] = []
+        self.name = f"rank {number}" + (f" on {host}" if host else "")
 
     def start_reading(self) -> None:
-        for stream in (self.process.stdout, self.process.stderr):
-            if stream is not None:
-                reader = threading.Thread(target=self._pass_on, args=(stream,), daemon=True)
-                reader.start()
-                self.readers.append(reader)
-
-    def _pass_on(self, stream: IO[bytes]) -> None:
-        for raw in stream:
-            line = raw.decode("utf-8", "replace")
-            if stream is self.process.stderr:
-                if self.reports.take(self.number, line):
-                    continue
-                self.last_words.append(line)
-            if self.number:
-                line = f"[rank {self.number}] {line}"
-            _print(line)
+        """Pass on what the rank writes from now on."""
 
     def send(self, number: int) -> None:
         """Send a signal to the rank and what it started."""
+        raise NotImplementedError
+
+    def take(self, line: str, is_error: bool) -> None:
+        """A line that the rank wrote."""
+        if is_error:
+            if self.reports.take(self.number, line):
+                return
+            self.last_words.append(line)
+        _print(f"[{self.name}] {line}" if self.number else line)
+
+
+class LocalRank(Rank):
+    """A child of this process, and the threads that read its output."""
+
+    def __init__(self, command: RankCommand, shares_group: bool, reports: ErrorReports, host: str | None) -> None:
+        super().__init__(command.rank, reports, host)
+        self.shares_group = shares_group
+        self.process = self.child = start_process(command, is_first=self.number == 0, shares_group=shares_group)
+
+    def start_reading(self) -> None:
+        self.readers = read_output(self.child, self.take)
+
+    def send(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
             if self.shares_group:
-                self.process.send_signal(number)
+                self.child.send_signal(number)
             else:
-                os.killpg(self.process.pid, number)
+                os.killpg(self.child.pid, number)
 
 
-def run_ranks(commands: Sequence[RankCommand]) -> int:
+def start_process(command: RankCommand, *, is_first: bool, shares_group: bool = False) -> subprocess.Popen[bytes]:
+    """Start a rank; it ends when this process does. The first one writes to this process's own output."""
+    return subprocess.Popen(
+        command.arguments,
+        env={**os.environ, **command.added, "MEGATRON_PARENT_PID": str(os.getpid())},
+        stdin=None if is_first else subprocess.DEVNULL,
+        stdout=None if is_first else subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        process_group=None if shares_group else 0,
+        preexec_fn=die_with_parent,
+    )
+
+
+def read_output(process: subprocess.Popen[bytes], take: Callable[[str, bool], None]) -> list[threading.Thread]:
+    """Threads that give `take` every line that the process writes to its pipes, and whether it came from stderr."""
+
+    def pass_on(stream: IO[bytes]) -> None:
+        for raw in stream:
+            take(raw.decode("utf-8", "replace"), stream is process.stderr)
+
+    readers = [
+        threading.Thread(target=pass_on, args=(stream,), daemon=True)
+        for stream in (process.stdout, process.stderr)
+        if stream is not None
+    ]
+    for reader in readers:
+        reader.start()
+    return readers
+
+
+def run_ranks(
+    commands: Sequence[RankCommand], start_elsewhere: Callable[[RankCommand, ErrorReports], Rank] | None = None
+) -> int:
     """Run all ranks to their end.
+
+    start_elsewhere: starts the ranks of other hosts, those whose command has a node other than 0; the host then stands
+    in front of every line.
 
     Returns the exit code: 0, or that of the rank that failed first (128 + n for one that signal n ended).
     """
-    ended: queue.Queue[_Rank | None] = queue.Queue()
+    ended: queue.Queue[Rank | None] = queue.Queue()
     reports = ErrorReports(len(commands), on_first=lambda: ended.put(None))
-    ranks: list[_Rank] = []
+    ranks: list[Rank] = []
+    here = os.uname().nodename if start_elsewhere is not None else None
     previous = {number: signal.signal(number, _forwarder(ranks)) for number in FORWARDED}
     # Only a rank in our own process group may read from the terminal, and Ctrl-C then reaches it without us.
     at_terminal = _is_foreground()
     try:
         for command in commands:
-            ranks.append(_Rank(command, at_terminal and command.rank == 0, reports))
+            if command.node and start_elsewhere is not None:
+                ranks.append(start_elsewhere(command, reports))
+            else:
+                ranks.append(LocalRank(command, at_terminal and command.rank == 0, reports, here))
         for rank in ranks:
             rank.start_reading()
             threading.Thread(target=_wait, args=(rank, ended), daemon=True).start()
@@ -109,10 +160,10 @@ def run_ranks(commands: Sequence[RankCommand]) -> int:
             signal.signal(number, handler)
 
 
-def _supervise(ranks: list[_Rank], ended: queue.Queue[_Rank | None], reports: ErrorReports) -> int:
+def _supervise(ranks: list[Rank], ended: queue.Queue[Rank | None], reports: ErrorReports) -> int:
     """`ended` gives each rank as it ends, and None when the first error is reported."""
     running = set(ranks)
-    failed: _Rank | None = None
+    failed: Rank | None = None
     # What is to happen when; None stands for showing the reports.
     steps: list[tuple[float, int | None]] = []
     while running:
@@ -139,23 +190,26 @@ def _supervise(ranks: list[_Rank], ended: queue.Queue[_Rank | None], reports: Er
     deadline = time.monotonic() + LAST_LINES_S
     for reader in (reader for rank in ranks for reader in rank.readers):
         reader.join(timeout=max(0.0, deadline - time.monotonic()))
-    _print(reports.show())
     if failed is None:
+        _print(reports.show())
         return 0
-    code = failed.process.returncode
+    # A rank that said what is wrong and took its time to end came before one that had merely lost it.
+    spoke = next((rank for rank in ranks if rank.number == reports.first_rank), failed)
+    if (spoke.process.returncode or 0) > 0:
+        failed = spoke
+    _print(reports.show(last=failed.number))
+    code = failed.process.returncode or 0
     _report(failed, code)
     return 128 - code if code < 0 else code
 
 
-def _report(failed: _Rank, code: int) -> None:
+def _report(failed: Rank, code: int) -> None:
     if code > 128 or -code in (signal.SIGINT, signal.SIGTERM):
         # Ended on request: the rank has said what there is to say.
         return
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
     words = "" if failed.reports.has(failed.number) else "".join(failed.last_words).strip()
-    _print(
-        f"\nrank {failed.number} {how}, the first to do so." + (f" Its last words:\n{words}" if words else "") + "\n"
-    )
+    _print(f"\n{failed.name} {how}, the first to do so." + (f" Its last words:\n{words}" if words else "") + "\n")
 
 
 def _print(text: str) -> None:
@@ -164,7 +218,7 @@ def _print(text: str) -> None:
         sys.stderr.flush()
 
 
-def _forwarder(ranks: list[_Rank]):  # type: ignore[no-untyped-def]
+def _forwarder(ranks: list[Rank]):  # type: ignore[no-untyped-def]
     seen: collections.Counter[int] = collections.Counter()
 
     def forward(number: int, frame: FrameType | None) -> None:
@@ -179,7 +233,7 @@ def _forwarder(ranks: list[_Rank]):  # type: ignore[no-untyped-def]
     return forward
 
 
-def _wait(rank: _Rank, ended: queue.Queue[_Rank | None]) -> None:
+def _wait(rank: Rank, ended: queue.Queue[Rank | None]) -> None:
     rank.process.wait()
     ended.put(rank)
 
@@ -191,7 +245,7 @@ def _is_foreground() -> bool:
         return False
 
 
-def _die_with_parent() -> None:
-    """In the child, before it runs: let the kernel end it when the launcher dies, even by SIGKILL (Linux)."""
+def die_with_parent(number: int = signal.SIGKILL) -> None:
+    """In a child, before it runs: let the kernel end it when its parent dies, even by SIGKILL (Linux)."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)

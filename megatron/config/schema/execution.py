@@ -211,7 +211,24 @@ class DeepSpeedSection(Section):
 class LauncherSection(Section):
     """Where and how processes start."""
 
-    hostfile: str | None = key(None, "File with `host slots=N` lines.")
+    launcher: Literal["pdsh", "openmpi", "mpich", "mvapich", "impi", "slurm"] = key(
+        "pdsh",
+        "What starts processes on other hosts: pdsh or mpirun on those of a hostfile, slurm on those of an allocation. "
+        "Processes of this host alone need none.",
+    )
+    deepspeed_slurm: Bool = key(False, "The same as launcher: slurm.")
+    deepspeed_mpi: Bool = key(False, "The same as launcher: openmpi, unless launcher names another MPI.")
+    launcher_args: str | None = key(None, "Further arguments for pdsh, mpirun or srun.", ours=True)
+    force_multi: Bool = key(False, "Use the launcher even where the hostfile names one host only.")
+    no_ssh_check: Bool = key(False, "Do not try every host by ssh before anything starts.")
+    ssh_port: Int | None = key(
+        None, "Port of ssh on the hosts. Unset: as ssh is configured.", ours=True, gt=0, lt=65536
+    )
+    account: str | None = key(None, "Account that Slurm jobs run under.")
+    comment: str | None = key(None, "Comment that Slurm jobs carry.")
+    hostfile: str | None = key(
+        None, "File with `host slots=N` lines. Unset: DLTS_HOSTFILE, or /job/hostfile where that exists."
+    )
     include: str | None = key(None, "Hosts and slots to use: NODE[:SLOT,...][@NODE...].")
     exclude: str | None = key(None, "Hosts and slots to leave out, in the same form.")
     num_nodes: Int = key(-1, "Use the first N hosts; -1 means all.", ge=-1)

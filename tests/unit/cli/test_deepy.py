@@ -168,7 +168,7 @@ def test_upstream_flags_become_keys(folder: Path) -> None:
     ],
 )
 def test_mistakes(folder: Path, arguments: tuple[str, ...], code: int, message: str) -> None:
-    (folder / "hosts").write_text("a slots=1\nb slots=1\n")
+    (folder / "hosts").write_text("no-such-host.invalid slots=1\nb slots=1\n")
     result = deepy(folder, *arguments)
     assert result.returncode == code, result.stderr
     assert message in result.stderr

@@ -27,11 +27,25 @@ def test_the_same_text_is_shown_once_with_its_ranks() -> None:
     assert reports.show() == "[rank 1 on h] error: c\n"
 
 
-def test_hosts_are_kept_apart() -> None:
-    reports = ErrorReports(2)
+def test_the_same_text_from_several_hosts_is_shown_once() -> None:
+    reports = ErrorReports(7)
     reports.take(0, "[rank 0 on h] error: a\n")
     reports.take(1, "[rank 1 on k] error: a\n")
-    assert reports.show() == "[rank 0 on h] error: a\n[rank 1 on k] error: a\n"
+    assert reports.show() == "[ranks 0-1 on h, k] error: a\n"
+    for rank in range(2, 7):
+        reports.take(rank, f"[rank {rank} on h{rank}] error: b\n")
+    assert reports.show() == "[ranks 2-6 on 5 hosts] error: b\n"
+
+
+def test_the_culprits_words_come_last_even_if_they_were_shown_before() -> None:
+    reports = ErrorReports(3)
+    reports.take(1, "[rank 1 on h] error: disk\n")
+    assert reports.first_rank == 1
+    reports.take(0, "[rank 0 on h] error: peer\n")
+    assert reports.show(last=1) == "[rank 0 on h] error: peer\n[rank 1 on h] error: disk\n"
+    assert reports.show(last=1) == ""
+    reports.take(2, "[rank 2 on h] error: peer 2\n")
+    assert reports.show(last=1) == "[rank 2 on h] error: peer 2\n[rank 1 on h] error: disk\n"
 
 
 def test_the_first_line_is_announced_once() -> None:
