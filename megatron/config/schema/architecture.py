@@ -47,9 +47,7 @@ class RopeScalingBlock(Block):
     original_max_position_embeddings: Int | None = key(
         None, "Positions that the model was first trained on; llama3 and yarn need it.", unit="tokens", gt=0
     )
-    low_freq_factor: Float = key(
-        1.0, "llama3: waves longer than the original length / this are stretched.", gt=0
-    )
+    low_freq_factor: Float = key(1.0, "llama3: waves longer than the original length / this are stretched.", gt=0)
     high_freq_factor: Float = key(4.0, "llama3: waves shorter than the original length / this stay.", gt=0)
     beta_fast: Float = key(32.0, "yarn: dimensions that turn more often than this stay.", gt=0)
     beta_slow: Float = key(1.0, "yarn: dimensions that turn less often than this are stretched whole.", gt=0)

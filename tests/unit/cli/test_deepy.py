@@ -155,7 +155,7 @@ def test_upstream_flags_become_keys(folder: Path) -> None:
         (
             ("train.py", "my", "-H", "hosts"),
             3,
-            "--hostfile: hostfile = hosts: starting processes on other",
+            "--hostfile: the address of rank 0, no-such-host.invalid, cannot be resolved on",
         ),
         (("train.py", "my", "-H", "absent"), 2, "hostfile = absent cannot be read"),
         (("train.py", "my", "--set", "data_path=e"), 4, "e.bin and e.idx not found"),
