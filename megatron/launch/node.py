@@ -22,7 +22,7 @@ from types import FrameType
 from megatron.common.errors import LaunchError
 from megatron.common.rank import first_host
 from megatron.launch.commands import RankCommand
-from megatron.launch.job import OUTCOME_FILE, Job, gpus_here, require_resolvable
+from megatron.launch.job import JOB_FILE, OUTCOME_FILE, Job, gpus_here, require_resolvable
 from megatron.launch.spawn import FORWARDED, read_output, run_ranks, start_process
 from megatron.launch.team import START_S, Team
 from megatron.launch.wire import Channel, Message, connect
@@ -105,6 +105,9 @@ def _lead(job: Job, address: str) -> int:
     team = Team(job, on_signal=lambda number: os.kill(os.getpid(), number))
     try:
         team.gather()
+        if job.environment:
+            # Every launcher has read it, and it may hold secrets.
+            (Path(job.folder) / JOB_FILE).unlink(missing_ok=True)
         port = job.master_port or _free_port()
         if job.master_port is not None:
             _require_free(port)

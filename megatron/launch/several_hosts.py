@@ -184,8 +184,8 @@ class _Front:
         if self._asked:
             return 128 + self._asked
         raise LaunchError(
-            f"the launcher of a host ended before the run was over ({self._line.arguments[0]}: exit code {code}); what it "
-            "said stands above. The line was:\n  " + self._line.shell_line()
+            f"the launcher of a host ended before the run was over ({self._line.arguments[0]}: exit code {code}); what "
+            "it said stands above. The line was:\n  " + self._line.shell_line()
         )
 
     def _pass_on(self) -> None:
