@@ -30,7 +30,6 @@ GONE: dict[str, str] = {
     "sparsity": "attention_config is the key. Remove it where it is none",
     "geglu": "activation: geglu is the key",
     "detect_nvlink_pairs": "processes are laid out in the order of the hosts. Remove the key",
-    "ssh_port": "it is no key of DeepSpeed's. Set the port in ~/.ssh/config",
     "moe_expert_parallel_size": _MOE,
     "enable_expert_tensor_parallelism": _MOE,
     "moe_token_dropping": "no token is dropped. Remove the key",
