@@ -31,18 +31,19 @@ class Machine:
 
 def derive_launcher(draft: Draft, machine: Machine) -> None:
     """One launcher out of `launcher`, `deepspeed_slurm` and `deepspeed_mpi`; and the hostfile that it reads."""
-    meanings = {"deepspeed_slurm": ("slurm",), "deepspeed_mpi": ("openmpi", "mpich", "mvapich", "impi")}
-    asked = [name for name in meanings if draft[name]]
-    if len(asked) == 2:
-        draft.fail("deepspeed_mpi", "deepspeed_slurm and deepspeed_mpi are both true. Keep one of the two.")
-    for name in asked:
-        if draft.is_given("launcher") and draft["launcher"] not in meanings[name]:
+    for name, is_set, meanings in (
+        ("deepspeed_slurm", draft["deepspeed_slurm"], ("slurm",)),
+        ("deepspeed_mpi", draft["deepspeed_mpi"], ("openmpi", "mpich", "mvapich", "impi")),
+    ):
+        if is_set and (draft.is_given("launcher") or draft["launcher"] != "pdsh") and draft["launcher"] not in meanings:
+            place = "launcher" if draft.is_given("launcher") else "deepspeed_slurm"
             draft.fail(
-                "launcher",
-                f"launcher = {draft['launcher']} contradicts {name} = true ({draft.place(name)}), which is for "
-                f"{' or '.join(meanings[name])}. Remove one of the two.",
+                name,
+                f"{name} = true is for launcher = {' or '.join(meanings)}, and launcher = {draft['launcher']} "
+                f"({draft.place(place)}). Remove one of the two.",
             )
-        draft.derive("launcher", meanings[name][0], name)
+        if is_set:
+            draft.derive("launcher", meanings[0], name)
     if machine.devices is not None or machine.single_replica:
         return
     if draft["launcher"] == "slurm":

@@ -21,6 +21,7 @@ from megatron.parallel.sharding import ShardSpec, get_shard_spec
 
 WEIGHT = "weight"
 
+
 class ForeignReader:
     """Weights of a folder that this program did not write.
 

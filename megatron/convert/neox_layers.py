@@ -158,9 +158,7 @@ def _row_parallel(
     return f"{module}.bias", whole(name) / tp_size if spec.residual != "sequential" else whole(name)
 
 
-def _query_key_value(
-    spec: ModelSpec, block: str, leaf: str, tp_rank: int, tp_size: int, whole: Whole
-) -> torch.Tensor:
+def _query_key_value(spec: ModelSpec, block: str, leaf: str, tp_rank: int, tp_size: int, whole: Whole) -> torch.Tensor:
     if spec.num_kv_heads == spec.num_heads:
         name = f"{block}attention.query_key_value.{leaf}"
         return _share(whole(name), name, 0, tp_rank, tp_size)

@@ -88,8 +88,14 @@ def slurm_line(config: Config, num_nodes: int, node: list[str]) -> list[str]:
     launcher = config.launcher
     line = ["srun", f"--nodes={num_nodes}", f"--ntasks={num_nodes}", "--ntasks-per-node=1", "--cpu-bind=none"]
     line += ["--mpi=none", "--input=none", "--kill-on-bad-exit=0"]
-    line += [f"--{name}={value}" for name in ("account", "comment") if (value := getattr(launcher, name))]
+    line += [f"--{name}={value}" for name, value in slurm_options(config).items()]
     return [*line, *shlex.split(launcher.launcher_args or ""), *node]
+
+
+def slurm_options(config: Config) -> dict[str, str]:
+    """Options of srun and sbatch that keys set."""
+    values = {"account": config.launcher.account, "comment": config.launcher.comment}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _pdsh(program: str, job: Job, node: list[str], more: list[str], ssh_port: int | None) -> Starter:

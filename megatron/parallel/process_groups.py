@@ -64,9 +64,7 @@ class ProcessGroups:
         return cls(Topology(), 0)
 
     @classmethod
-    def build(
-        cls, topology: Topology, *, sequence_parallel: bool = False, sums_in_fp32: bool = False
-    ) -> ProcessGroups:
+    def build(cls, topology: Topology, *, sequence_parallel: bool = False, sums_in_fp32: bool = False) -> ProcessGroups:
         """Make the groups on every rank of an initialised torch.distributed. Collective.
 
         Raises ValueError if the world has another size than the topology.

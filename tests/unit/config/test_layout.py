@@ -112,3 +112,61 @@ def test_a_batch_that_does_not_come_out_is_refused_with_the_equation(
 ) -> None:
     names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     assert message in refused(2, **dict(zip(names, batch, strict=True)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "launcher"),
+    [
+        ({}, "pdsh"),
+        ({"deepspeed_slurm": True}, "slurm"),
+        ({"deepspeed_slurm": True, "launcher": "slurm"}, "slurm"),
+        ({"deepspeed_mpi": True}, "openmpi"),
+        ({"deepspeed_mpi": True, "launcher": "mpich"}, "mpich"),
+        ({"launcher": "SLURM"}, "slurm"),
+    ],
+)
+def test_one_launcher_of_three_keys(
+    gpus: Callable[[int], None], monkeypatch: pytest.MonkeyPatch, changes: dict[str, object], launcher: str
+) -> None:
+    monkeypatch.delenv("DLTS_HOSTFILE", raising=False)
+    assert load([], {**TINY, **changes}).launcher.launcher == launcher
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"deepspeed_slurm": True, "launcher": "openmpi"},
+            "deepspeed_slurm = true is for launcher = slurm, and launcher",
+        ),
+        ({"deepspeed_mpi": True, "launcher": "pdsh"}, "is for launcher = openmpi or mpich or mvapich or impi, and"),
+        ({"deepspeed_mpi": True, "deepspeed_slurm": True}, "deepspeed_mpi = true is for launcher = openmpi"),
+    ],
+)
+def test_launcher_keys_that_contradict(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load([], {**TINY, **changes})
+
+
+def test_an_allocation_counts_its_nodes(gpus: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "3")
+    assert world(launcher="slurm") == (3, 3, "cpu")
+    assert world(launcher="slurm", cpu_processes=2, model_parallel_size=2) == (6, 3, "cpu")
+    assert world(launcher="slurm", num_nodes=2, num_gpus=4) == (8, 8, "cpu")
+    assert world(launcher="slurm", model_parallel_size=6) == (6, 1, "cpu")
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "a100:4")
+    assert world(launcher="slurm") == (12, 12, "cuda")
+    assert world() == (1, 1, "cpu")
+    with pytest.raises(ConfigError, match="num_nodes = 4, and the allocation has 3"):
+        world(launcher="slurm", num_nodes=4)
+
+
+def test_upstreams_variable_names_a_hostfile(
+    gpus: Callable[[int], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "hosts").write_text("a slots=2\nb slots=3\n")
+    monkeypatch.setenv("DLTS_HOSTFILE", str(tmp_path / "hosts"))
+    assert world()[0] == 5
+    assert world(launcher="slurm")[0] == 1
+    config = load([], TINY, devices=1)
+    assert config.launcher.hostfile is None
