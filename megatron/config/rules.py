@@ -188,6 +188,23 @@ def check_checkpoint(draft: Draft) -> None:
         )
 
 
+def check_anomalies(draft: Draft) -> None:
+    """What counts as a leap, and where a roll-back goes to."""
+    for name in ("anomaly_loss_factor", "anomaly_grad_norm_factor"):
+        if name not in draft.failed and 0 < draft[name] <= 1:
+            draft.problem(
+                name,
+                f"{name} = {draft[name]:g} would skip half of all steps: it is a multiple of the running median. "
+                "Use a number above 1, such as 2 for the loss or 10 for the gradient norm; 0 is off.",
+            )
+    if draft.is_given("anomaly_rollbacks") and draft["anomaly_rollbacks"] and not draft["save"]:
+        draft.problem(
+            "anomaly_rollbacks",
+            f"anomaly_rollbacks = {draft['anomaly_rollbacks']} needs checkpoints to go back to, and save is not set. "
+            "Set save and checkpoint_factor, or remove anomaly_rollbacks.",
+        )
+
+
 def check_data(draft: Draft) -> None:
     """One prefix, or lists for all three parts, each with as many weights and labels."""
     parts = ("train", "valid", "test")
@@ -303,6 +320,7 @@ RULES = (
     check_tasks,
     check_learning_rate,
     check_checkpoint,
+    check_anomalies,
     check_data,
     check_packing,
     check_epochs,

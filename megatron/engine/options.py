@@ -76,7 +76,8 @@ def deepspeed_config(options: EngineOptions, groups: ProcessGroups, num_paramete
         config["pipeline"] = {**config.get("pipeline", {}), "pipe_partitioned": False, "grad_partitioned": False}
     if options.precision == "bfloat16":
         # The default accumulates gradients in bf16, which loses small micro-batch contributions.
-        config["bf16"] = {**options.bf16, "enabled": True}
+        # The step guard looks at the norm; DeepSpeed's own check would pass over all gradients once more.
+        config["bf16"] = {"check_grad_overflow": False, **options.bf16, "enabled": True}
         config["data_types"] = {"grad_accum_dtype": "fp32", **config.get("data_types", {})}
     elif options.precision == "fp16":
         config["fp16"] = {**options.fp16, "enabled": True}

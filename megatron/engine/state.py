@@ -133,6 +133,10 @@ def import_optimizer(engine: TrainEngine, source: TensorSource, steps: int) -> N
     """Load the optimizer's per-element state and set its step count."""
     groups, optimizer = engine.groups, _inner_optimizer(engine)
     if steps == 0:
+        # An optimizer that has moved already (a roll-back) starts anew.
+        for flat in _flat_partitions(engine):
+            for kind, value in optimizer.state[flat].items():
+                optimizer.state[flat][kind] = value.zero_() if torch.is_tensor(value) else 0
         return
     for name, parameter in engine.named_parameters:
         at = place(engine, parameter)

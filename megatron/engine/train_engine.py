@@ -26,6 +26,7 @@ from megatron.engine.modules import (
     stage_fillers,
 )
 from megatron.engine.options import EngineOptions, LossNormalization, deepspeed_config
+from megatron.engine.step_guard import Judge, StepGuard, accept_finite
 from megatron.model.build import NO_RECOMPUTE, Transformer, is_block
 from megatron.model.init import initialize_parameters
 from megatron.model.recompute import Recompute
@@ -43,14 +44,17 @@ OptimizerFactory = Callable[[list[tuple[str, torch.nn.Parameter]]], torch.optim.
 class StepResult:
     """What one optimizer step reports; equal on all ranks.
 
-    loss: mean over micro-batches and data-parallel ranks, in nats per token. grad_norm: before clipping.
-    is_skipped: the optimizer did not move, because fp16 gradients overflowed. loss_scale: of fp16, None otherwise.
+    loss: mean over micro-batches and data-parallel ranks, in nats per token. grad_norm: before clipping; infinite
+    where it could not be computed. is_skipped: the optimizer did not move, because one of the two is not finite or the
+    judge refused the step. loss_scale: of fp16, None otherwise. is_scale_lowered: fp16 gradients overflowed, and the
+    dynamic loss scale can still give way.
     """
 
     loss: float
     grad_norm: float
     is_skipped: bool
     loss_scale: float | None
+    is_scale_lowered: bool = False
 
 
 def loss_denominators(
@@ -120,24 +124,61 @@ class TrainEngine:
             mpu=mpu,
             dist_init_required=False,
         )
+        self._losses: list[torch.Tensor] = []
+        self.guard = StepGuard(
+            self.deepspeed.optimizer,
+            lambda: torch.stack(self.micro_batch_losses()).mean(),
+            holds_loss=groups.at.pp_rank == groups.topology.pp_size - 1,
+            loss_share=0.0 if groups.tp_rank else 1.0 / groups.dp_size,
+            is_fp16=options.precision == "fp16",
+            device=device,
+        )
+        if self.is_staged:
+            # The guard has agreed on the loss; DeepSpeed would do it a second time, in two collectives.
+            self.deepspeed._aggregate_total_loss = lambda: torch.tensor(self.guard.loss)
 
-    def train_step(self, batches: Sequence[Batch], learning_rate: float) -> StepResult:
-        """Forward and backward of every micro-batch, then one optimizer step. Raises nothing on a non-finite loss."""
+    def train_step(self, batches: Sequence[Batch], learning_rate: float, judge: Judge = accept_finite) -> StepResult:
+        """Forward and backward of every micro-batch, then one optimizer step, unless the judge refuses it.
+
+        judge: asked on every rank with the same loss and gradient norm, if both are finite; if not, the step is
+        skipped anyway. Raises nothing on a non-finite loss.
+        """
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
-        skipped_before = self.deepspeed.skipped_steps
+        self.guard.begin(judge)
+        self._compute(batches)
+        verdict = self.guard.verdict
+        assert verdict is not None, "DeepSpeed made no step"
+        scale = float(self.deepspeed.optimizer.loss_scale) if self.options.precision == "fp16" else None
+        return StepResult(
+            loss=verdict.loss,
+            grad_norm=verdict.grad_norm,
+            is_skipped=verdict.is_refused,
+            loss_scale=scale,
+            is_scale_lowered=verdict.is_scale_lowered,
+        )
+
+    def rehearse_step(self, batches: Sequence[Batch]) -> None:
+        """Forward and backward once more, without a step: nothing is changed but random states and the losses."""
+        self.guard.begin(lambda loss, norm: False, is_rehearsal=True)
+        self._compute(batches)
+
+    def micro_batch_losses(self) -> list[torch.Tensor]:
+        """The losses [] of the last step's micro-batches on this rank; none on a stage that computes no loss."""
+        return list(self.deepspeed.fwd_outputs) if self.is_staged else self._losses
+
+    def _compute(self, batches: Sequence[Batch]) -> None:
         micro_batches = self._prepare(batches)
         if self.is_staged:
-            loss = self.deepspeed.train_batch(data_iter=self._feed(micro_batches))
-        else:
-            loss = self._train_plain(micro_batches)
-        norm = self.deepspeed.get_global_grad_norm()
-        return StepResult(
-            loss=float(loss),
-            grad_norm=float("nan") if norm is None else float(norm),
-            is_skipped=self.deepspeed.skipped_steps > skipped_before,
-            loss_scale=float(self.deepspeed.optimizer.loss_scale) if self.options.precision == "fp16" else None,
-        )
+            self.deepspeed.train_batch(data_iter=self._feed(micro_batches))
+            return
+        self._losses = []
+        for inputs in micro_batches:
+            loss = self.deepspeed(*inputs)
+            self.deepspeed.backward(loss)
+            # DeepSpeed's own step comes with the last of them, and it asks the guard for the losses.
+            self._losses.append(loss.detach())
+            self.deepspeed.step()
 
     def evaluate(self, batches: Sequence[Batch]) -> float:
         """The loss of these micro-batches without learning, averaged as in training."""
@@ -183,15 +224,6 @@ class TrainEngine:
         self.module.targets.extend(inputs[1:] for inputs in micro_batches)
         # DeepSpeed wants (inputs, labels); the second is read by nobody.
         return iter([(tokens, denominator) for tokens, _, _, denominator in micro_batches])
-
-    def _train_plain(self, micro_batches: list[tuple[torch.Tensor, ...]]) -> torch.Tensor:
-        losses = []
-        for inputs in micro_batches:
-            loss = self.deepspeed(*inputs)
-            self.deepspeed.backward(loss)
-            self.deepspeed.step()
-            losses.append(loss.detach())
-        return self._mean(losses)
 
     def _mean(self, losses: list[torch.Tensor]) -> torch.Tensor:
         mean = torch.stack(losses).mean()

@@ -135,7 +135,9 @@ class Progress:
             fields.append(f"approx flops per GPU: {report.flops_per_s / 1e12:.3f}TFLOPS")
         if report.mfu is not None:
             fields.append(f"MFU: {100 * report.mfu:.2f}%")
-        fields.append(f"lm_loss: {sum(self._losses) / len(self._losses):.6E}")
+        # A skipped step without a loss says nothing of the others.
+        losses = [loss for loss in self._losses if math.isfinite(loss)] or self._losses
+        fields.append(f"lm_loss: {sum(losses) / len(losses):.6E}")
         if report.grad_norm is not None:
             fields.append(f"grad norm: {report.grad_norm:.4f}")
         if report.loss_scale is not None:

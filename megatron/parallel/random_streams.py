@@ -36,6 +36,15 @@ class RandomStream:
             self.state = self._get()
             self._set(outer)
 
+    def capture(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The states of torch's default generator and of this stream."""
+        return self._get(), self.state
+
+    def restore(self, states: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Put back what `capture` gave."""
+        default, self.state = states
+        self._set(default)
+
     def replay_contexts(
         self,
     ) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:

@@ -7,24 +7,24 @@ the weights and on the data alone, so that a run continued from a checkpoint is 
 from __future__ import annotations
 
 import contextlib
-import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from megatron.common.errors import NonFiniteLossError, Stopped
-from megatron.data.loader import BatchLoader
+import torch
+
+from megatron.common.errors import Stopped
+from megatron.data.loader import Batch, BatchLoader
 from megatron.engine.replicas import ReplicaCheck
 from megatron.engine.train_engine import StepResult, TrainEngine
 from megatron.optim.schedule import LearningRateSchedule
 from megatron.training.plan import RunPlan
+from megatron.training.reliability.anomaly import AnomalyPolicy, Decision
+from megatron.training.reliability.recovery import Recovery
 from megatron.training.reliability.signals import StopRequest
 from megatron.training.reporting import Reporter
 from megatron.training.saver import Saver
 from megatron.training.saving import Position
-
-# fp16 may overflow now and then while the loss scale settles; this many in a row means that it never will.
-MAX_SKIPPED_IN_A_ROW = 50
 
 
 @dataclass
@@ -48,8 +48,7 @@ class Run:
     score: Callable[[], dict[str, float]] | None = None
     stop: StopRequest = field(default_factory=StopRequest)
     saved_step: int = 0
-    skipped_in_a_row: int = 0
-    skipped: int = 0
+    anomalies: AnomalyPolicy = field(default_factory=AnomalyPolicy)
 
     def close(self) -> None:
         """Wait for a save in the background, stop reading ahead, and let go of display and logs."""
@@ -66,7 +65,7 @@ def train(run: Run) -> int:
     A stop waits for no more than the step or the batch of a validation that is under way; the state after that step is
     saved unless it has just been. A validation or test that is due then is left to the run that continues.
     Returns: the exit code, 0 or that of the stop; the last checkpoint is on the disk then.
-    Raises: NonFiniteLossError if the loss or the gradient norm is NaN or infinite; nothing of that step is saved.
+    Raises: NonFiniteLossError if steps were bad beyond what the anomaly policy bears; none of them moved a weight.
     CheckpointError if a save failed and on_save_failure is stop, or if the last one failed.
     """
     code = _until_done(run)
@@ -86,7 +85,8 @@ def _until_done(run: Run) -> int:
     if position.step == 0 and plan.saves.is_due(0) and not stop.agreed():
         _save(run)
     while position.step < plan.train_iters and not stop.agreed():
-        _train_one(run)
+        if not _train_one(run):
+            continue
         position.validation_due = plan.validates_at(position.step)
         if position.validation_due and not stop.agreed():
             _validate(run)
@@ -120,51 +120,71 @@ def _leave(run: Run) -> int:
     return run.stop.exit_code
 
 
-def _train_one(run: Run) -> None:
+def _train_one(run: Run) -> bool:
+    """Make a step. Returns False if the run was rolled back, so that its position is a step done before."""
     started, started_cpu = time.perf_counter(), time.process_time()
-    learning_rate = run.schedule.lr_at(run.position.step)
-    batches = run.train.step_batches(run.position.consumed_samples)
-    with run.replicas.around(run.position.step + 1) if run.replicas is not None else contextlib.nullcontext():
-        result = run.engine.train_step(batches, learning_rate)
-    _check_finite(run, result, [sample for batch in batches for sample in batch.sample_ids])
-    run.position.step += 1
-    run.position.consumed_samples += run.plan.global_batch_size
+    position = run.position
+    learning_rate = run.schedule.lr_at(position.step)
+    batches = run.train.step_batches(position.consumed_samples)
+    states = run.engine.stream.capture()
+    with run.replicas.around(position.step + 1) if run.replicas is not None else contextlib.nullcontext():
+        result = run.engine.train_step(batches, learning_rate, run.anomalies.accepts)
+    position.step += 1
+    position.consumed_samples += run.plan.global_batch_size
+    decision = run.anomalies.record(
+        position.step,
+        result.loss,
+        result.grad_norm,
+        is_skipped=result.is_skipped,
+        is_scale_lowered=result.is_scale_lowered,
+    )
+    position.anomalies = run.anomalies.state()
     run.reporter.stepped(
-        run.position.step,
+        position.step,
         result,
         learning_rate=learning_rate,
         elapsed_s=time.perf_counter() - started,
         cpu_s=time.process_time() - started_cpu,
-        num_skipped=run.skipped,
-        epoch=run.train.epoch(run.position.consumed_samples),
+        num_skipped=run.anomalies.num_skipped,
+        num_not_finite=run.anomalies.num_not_finite,
+        epoch=run.train.epoch(position.consumed_samples),
     )
     run.saver.poll()
+    if decision.action == "go_on":
+        return True
+    return _recover(run, decision, result, batches, states)
 
 
-def _check_finite(run: Run, result: StepResult, sample_ids: list[int]) -> None:
-    if result.is_skipped:
-        run.skipped += 1
-        run.skipped_in_a_row += 1
-        if run.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise NonFiniteLossError(
-                f"{run.skipped_in_a_row} steps in a row overflowed in fp16 (loss scale {result.loss_scale}). "
-                "The last good state is in the newest checkpoint. Lower the learning rate, or use precision: bfloat16."
-            )
-        return
-    run.skipped_in_a_row = 0
-    if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
-        return
-    raise NonFiniteLossError(
-        f"step {run.position.step + 1}: loss {result.loss:g}, gradient norm {result.grad_norm:g}, on samples "
-        f"{_brief(sample_ids)} of this rank. Nothing of this step was saved; "
-        "continue from the newest checkpoint with a lower learning rate, "
-        "stronger gradient_clipping, or other data."
+def _recover(
+    run: Run,
+    decision: Decision,
+    result: StepResult,
+    batches: Sequence[Batch],
+    states: tuple[torch.Tensor, torch.Tensor],
+) -> bool:
+    """What the policy decided about the step just skipped. Returns as `_train_one`."""
+    recovery = Recovery(
+        run.engine,
+        run.anomalies,
+        run.reporter.message,
+        run.saver.options,
+        before_rollback=run.saver.close,
     )
-
-
-def _brief(sample_ids: list[int]) -> str:
-    shown = ", ".join(map(str, sample_ids[:8]))
-    return shown if len(sample_ids) <= 8 else f"{shown}, ... ({len(sample_ids)} in all)"
+    origin = recovery.after_skip(decision, run.position.step, result, batches, states)
+    if decision.action == "skip":
+        return True
+    if decision.action == "roll_back":
+        loaded = recovery.roll_back(run.position)
+        if loaded is not None:
+            run.position.step, run.position.consumed_samples = loaded.step, loaded.consumed_samples
+            run.position.anomalies, run.position.validation_due = run.anomalies.state(), False
+            # The checkpoint of that step does not know where the data goes on.
+            run.saved_step = -1
+            return False
+    is_saved = run.saver.options.folder is not None and not (origin is not None and origin.has_bad_state)
+    if is_saved:
+        _save(run)
+    raise recovery.stop(decision, run.position.step, origin, is_saved=is_saved)
 
 
 def _validate(run: Run) -> None:

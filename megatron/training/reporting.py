@@ -45,6 +45,7 @@ class Reporter:
         elapsed_s: float,
         cpu_s: float,
         num_skipped: int,
+        num_not_finite: int,
         epoch: float,
     ) -> None:
         """Record optimizer step `step`."""
@@ -60,6 +61,8 @@ class Reporter:
         }
         if result.loss_scale is not None:
             metrics["train/loss_scale"] = result.loss_scale
+        if num_skipped:
+            metrics["train/skipped_steps"] = num_skipped
         if step % self.plan.log_interval == 0 or step == self.plan.train_iters:
             metrics |= {
                 "runtime/samples_per_sec": rates.samples_per_s,
@@ -86,6 +89,7 @@ class Reporter:
                     mfu=rates.mfu,
                     loss_scale=result.loss_scale,
                     num_skipped=num_skipped,
+                    num_nan=num_not_finite,
                 ),
             )
 

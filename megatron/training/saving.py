@@ -35,11 +35,13 @@ class Position:
     """How far a run has come. `step` optimizer steps, `consumed_samples` sequences of the training order.
 
     validation_due: the validation (and test) of this step is still to be made, as the run was stopped before its end.
+    anomalies: what the anomaly policy remembers (megatron.training.reliability.anomaly).
     """
 
     step: int = 0
     consumed_samples: int = 0
     validation_due: bool = False
+    anomalies: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ from megatron.tokenizer.base import Tokenizer
 from megatron.tokenizer.setup import build_tokenizer
 from megatron.training.loop import Run
 from megatron.training.plan import RunPlan, SaveSchedule
+from megatron.training.reliability.anomaly import AnomalyOptions, AnomalyPolicy
 from megatron.training.reliability.signals import StopRequest
 from megatron.training.reporting import Reporter
 from megatron.training.saver import Saver
@@ -84,9 +85,11 @@ def build_run(config: Config, asked: Callable[[], int] = lambda: 0) -> Run:
         saver,
         stop=StopRequest(asked, limit_mins=config.training.exit_duration_in_mins),
     )
+    run.anomalies = AnomalyPolicy(anomaly_options(config))
     if config.training.check_replicas:
         run.replicas = ReplicaCheck(engine, config.training.check_replicas)
     run.position = load_run(engine, load_options(config), facts, reporter.message)
+    run.anomalies.restore(run.position.anomalies)
     reporter.start(run.position.step)
     return run
 
@@ -150,6 +153,20 @@ def build_reporter(config: Config, plan: RunPlan, groups: ProcessGroups, device:
     )
     recorder = build_recorder(config, run_folder(config), groups.is_main)
     return Reporter(plan, recorder, throughput, is_main=groups.is_main)
+
+
+def anomaly_options(config: Config) -> AnomalyOptions:
+    """The anomaly_* keys."""
+    training = config.training
+    return AnomalyOptions(
+        skips_in_a_row=training.anomaly_skips_in_a_row,
+        skips_in_window=training.anomaly_skips_in_window,
+        window=training.anomaly_window,
+        loss_factor=training.anomaly_loss_factor,
+        grad_norm_factor=training.anomaly_grad_norm_factor,
+        rollbacks=training.anomaly_rollbacks,
+        skip_data=training.anomaly_skip_data,
+    )
 
 
 def learning_rate_schedule(config: Config) -> LearningRateSchedule:

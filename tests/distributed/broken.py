@@ -14,6 +14,7 @@ from megatron.config import load
 from megatron.data.loader import Batch
 from megatron.engine.distributed import stop_distributed
 from megatron.engine.replicas import ReplicaCheck
+from megatron.engine.step_guard import Judge, accept_finite
 from megatron.engine.train_engine import StepResult, TrainEngine
 from megatron.training import loop
 from megatron.training.setup import build_run
@@ -92,8 +93,8 @@ def run_that_strays(config_file: str, at: int) -> tuple[int, str, int]:
     run = build_run(load([config_file], devices=dist.get_world_size()))
     train_step = run.engine.train_step
 
-    def nudging(batches: Sequence[Batch], learning_rate: float) -> StepResult:
-        result = train_step(batches, learning_rate)
+    def nudging(batches: Sequence[Batch], learning_rate: float, judge: Judge = accept_finite) -> StepResult:
+        result = train_step(batches, learning_rate, judge)
         if run.position.step + 1 == at - 1 and dist.get_rank() == 1:
             nudge_weight(run.engine, "layers.0.mlp.linear1.weight")
         return result

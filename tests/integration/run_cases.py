@@ -14,6 +14,7 @@ from megatron.checkpoint import Reader, find
 from megatron.config import load
 from megatron.data.indexed_writer import IndexedWriter
 from megatron.engine.distributed import stop_distributed
+from megatron.engine.step_guard import accept_finite
 from megatron.training import loop
 from megatron.training.setup import build_run
 
@@ -70,11 +71,8 @@ def write_config(folder: Path, name: str = "run", **changes: Any) -> Path:
     return path
 
 
-def train_run(config_path: str, kill_after: int | None = None, poison_step: int | None = None) -> dict[str, Any]:
-    """Train as the file says; SIGKILL this rank once `kill_after` steps are done, before anything else happens.
-
-    poison_step: the loss of this step is reported as NaN.
-    """
+def train_run(config_path: str, kill_after: int | None = None) -> dict[str, Any]:
+    """Train as the file says; SIGKILL this rank once `kill_after` steps are done, before anything else happens."""
     config = load([config_path], devices=int(os.environ["WORLD_SIZE"]))
     run = build_run(config)
     start = run.position.step
@@ -82,14 +80,12 @@ def train_run(config_path: str, kill_after: int | None = None, poison_step: int 
     samples: list[list[int]] = []
     step = run.engine.train_step
 
-    def watched(batches: Any, learning_rate: float) -> Any:
+    def watched(batches: Any, learning_rate: float, judge: Any = accept_finite) -> Any:
         if kill_after is not None and run.position.step == kill_after:
             os.kill(os.getpid(), signal.SIGKILL)
-        result = step(batches, learning_rate)
+        result = step(batches, learning_rate, judge)
         losses.append(result.loss)
         samples.append([sample for batch in batches for sample in batch.sample_ids])
-        if run.position.step + 1 == poison_step:
-            object.__setattr__(result, "loss", float("nan"))
         return result
 
     run.engine.train_step = watched  # type: ignore[method-assign]

@@ -93,6 +93,45 @@ class TrainingSection(Section):
         ge=0,
         ours=True,
     )
+    anomaly_skips_in_a_row: Int = key(
+        10,
+        "A step whose loss or gradient norm is not finite (or leaps, see anomaly_loss_factor) is skipped: its data "
+        "is passed over and no weight moves. So many in a row are borne; one more rolls back or stops (exit code 6).",
+        unit="steps",
+        ge=0,
+        ours=True,
+    )
+    anomaly_skips_in_window: Int | None = key(
+        32,
+        "Skipped steps that are borne among the last anomaly_window; null: any number.",
+        unit="steps",
+        ge=0,
+        ours=True,
+    )
+    anomaly_window: Int = key(
+        128, "Steps over which skipped ones are counted and medians are taken.", unit="steps", gt=0, ours=True
+    )
+    anomaly_loss_factor: Float = key(
+        0.0, "Skip a step whose loss is above so many times its running median; 0 is off.", ge=0, ours=True
+    )
+    anomaly_grad_norm_factor: Float = key(
+        0.0,
+        "Skip a step whose gradient norm (before clipping) is above so many times its running median; 0 is off.",
+        ge=0,
+        ours=True,
+    )
+    anomaly_rollbacks: Int = key(
+        1,
+        "Times that too many skipped steps send the run back to the newest checkpoint from before them, without "
+        "anomaly_window good steps in a row between; then it stops. 0: stop at once.",
+        ge=0,
+        ours=True,
+    )
+    anomaly_skip_data: Bool = key(
+        True,
+        "After a roll-back, go on behind the data of the bad steps; false: with the same data again.",
+        ours=True,
+    )
     checkpoint_activations: Bool = key(False, "Recompute activations in the backward pass to save memory.")
     checkpoint_num_layers: Int = key(
         1,

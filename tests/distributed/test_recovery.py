@@ -1,0 +1,86 @@
+"""Bad data in a whole run: skipped, rolled back from, or stopped at, with a checkpoint that can be continued."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron.checkpoint import find
+from megatron.observe.metrics_log import read_metrics
+from tests.distributed.recovery_cases import run_over
+from tests.integration.run_cases import checkpoint_tensors, write_config
+
+Ranks = Callable[..., list[Any]]
+BATCH = 8
+BAD = (4 * BATCH, 7 * BATCH)  # the data of steps 5, 6 and 7
+SETTINGS = {"train_iters": 10, "eval_iters": 0, "hidden_dropout": 0.1, "anomaly_skips_in_a_row": 2}
+
+
+def _equal(one: Path, step: int, other: Path, other_step: int) -> bool:
+    a, b = checkpoint_tensors(one, step), checkpoint_tensors(other, other_step)
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("layout", [{}, {"pipe_parallel_size": 2, "precision": "bfloat16"}])
+def test_a_run_rolls_back_and_passes_over_the_bad_data(ranks: Ranks, tmp_path: Path, layout: dict[str, Any]) -> None:
+    path = write_config(tmp_path, **SETTINGS, **layout)
+    results = ranks(run_over, 2, str(path), BAD, timeout=120)
+    for result in results:
+        assert (result["code"], result["skipped"], result["rollbacks"]) == (0, 3, 1), result
+        assert result["samples"] == [*range(0, 7 * BATCH, BATCH), *range(7 * BATCH, 13 * BATCH, BATCH)]
+        assert result["position"]["step"] == 10
+    said = "\n".join(results[0]["said"])
+    assert "step 5 skipped: the loss is nan; " in said
+    assert (
+        "rolled back to step 4; the data goes on at sample 56, behind the bad steps (roll-back 1 of at most 1)" in said
+    )
+    # Replica 0 (and the pipeline's only one) names its samples of step 5, some or all of 32 to 39.
+    assert "samples of replica 0: 32, 33" in said
+    log = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert log[10]["train/skipped_steps"] == 3
+    # The oracle: a run that goes on from step 4 with the data behind, and never saw the bad one.
+    oracle = write_config(tmp_path, "oracle", **SETTINGS, **layout, load=str(tmp_path / "run"), iteration=4)
+    ranks(run_over, 2, str(oracle), None, 7 * BATCH, timeout=120)
+    assert _equal(tmp_path / "run", 10, tmp_path / "oracle", 10)
+
+
+def test_a_run_that_cannot_get_past_stops_with_a_checkpoint_from_before(ranks: Ranks, tmp_path: Path) -> None:
+    path = write_config(tmp_path, **SETTINGS, anomaly_skip_data=False)
+    first, second = ranks(run_over, 2, str(path), BAD, timeout=120)
+    assert first["code"] == second["code"] == 6
+    assert first["error"] == second["error"]
+    assert "step 7: the loss is nan; 3 bad steps in a row (anomaly_skips_in_a_row: 2)." in first["error"]
+    assert "Rolled back already (anomaly_rollbacks: 1)" in first["error"]
+    assert first["samples"] == [k * BATCH for k in [*range(7), 4, 5, 6]]
+    assert find(tmp_path / "run").step == 7
+    assert _equal(tmp_path / "run", 7, tmp_path / "run", 4)
+    (again,) = ranks(run_over, 1, str(path), BAD, timeout=120)
+    assert (again["code"], again["samples"]) == (0, [7 * BATCH, 8 * BATCH, 9 * BATCH])
+
+
+def test_without_anything_to_go_back_to_it_stops_and_saves(ranks: Ranks, tmp_path: Path) -> None:
+    path = write_config(tmp_path, **{**SETTINGS, "checkpoint_factor": 100, "train_iters": 8})
+    (result,) = ranks(run_over, 1, str(path), (0, 5 * BATCH), timeout=120)
+    assert result["code"] == 6
+    assert "There is no checkpoint from before them to go back to." in result["error"]
+    assert find(tmp_path / "run").step == 3
+    path = write_config(tmp_path, "bare", **{**SETTINGS, "checkpoint_factor": None, "save": None, "load": None})
+    (result,) = ranks(run_over, 1, str(path), (0, 5 * BATCH), timeout=120)
+    assert result["code"] == 6
+    assert "no save folder" in result["error"]
+
+
+def test_a_bad_step_now_and_then_is_only_skipped(ranks: Ranks, tmp_path: Path) -> None:
+    path = write_config(tmp_path, **SETTINGS)
+    (result,) = ranks(run_over, 1, str(path), (35, 36), timeout=120)
+    assert (result["code"], result["skipped"], result["rollbacks"]) == (0, 1, 0)
+    # Of four micro-batches of two samples one is bad; it alone is named.
+    assert any(said.endswith("samples of replica 0: 34, 35; 1 skipped so far") for said in result["said"])
+    # A later part of the run goes on counting.
+    path = write_config(tmp_path, **{**SETTINGS, "train_iters": 12})
+    (result,) = ranks(run_over, 1, str(path), None, timeout=120)
+    assert result["skipped"] == 1
