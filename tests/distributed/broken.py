@@ -8,7 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import megatron.model.layers as layers
+import megatron.model.norms as norms
+import megatron.parallel.layers as layers
 from megatron.common.errors import ReplicaError
 from megatron.config import load
 from megatron.data.loader import Batch
@@ -23,7 +24,7 @@ from tests.distributed.layout_cases import Case, learning_rate, make_engine, ran
 
 def forget_norm_reduction() -> None:
     """Sequence parallelism without the sum over tensor-parallel ranks of the norms' gradients."""
-    layers.shared_parameter = lambda parameter, groups: parameter  # type: ignore[assignment]
+    norms.shared_parameter = layers.shared_parameter = lambda parameter, groups: parameter  # type: ignore[assignment]
 
 
 def train_with_forgotten_norms(case: Case) -> dict[str, Any]:

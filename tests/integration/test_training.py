@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.checkpoint import find
 from tests.integration.run_cases import checkpoint_tensors, train_run, write_config, write_dataset
 from tests.pool import RankFailure
 
@@ -89,14 +88,6 @@ def test_a_finished_run_started_again_does_nothing(ranks: Ranks, tmp_path: Path)
     assert _equal(checkpoint_tensors(tmp_path / "run"), before)
 
 
-def test_a_bad_loss_stops_the_run_and_reaches_no_checkpoint(ranks: Ranks, tmp_path: Path) -> None:
-    config = str(write_config(tmp_path))
-    with pytest.raises(RankFailure, match=r"step 4: loss nan.*on samples"):
-        ranks(train_run, 2, config, None, 4)
-    assert find(tmp_path / "run").step == 2
-    assert ranks(train_run, 2, config)[0]["start"] == 2
-
-
 def test_nothing_to_load_is_an_error_unless_a_fresh_start_is_allowed(ranks: Ranks, tmp_path: Path) -> None:
     config = write_config(tmp_path, allow_fresh_start=None, load=str(tmp_path / "elsewhere"))
     with pytest.raises(RankFailure, match="elsewhere does not exist"):
@@ -139,8 +130,9 @@ def test_optimizer_states_on_the_cpu_change_nothing(ranks: Ranks, tmp_path: Path
         kept = ranks(train_run, 2, str(write_config(tmp_path, f"kept{stage}", zero_optimization=block)))
         block = {**block, "offload_optimizer": {"device": "cpu"}}
         away = ranks(train_run, 2, str(write_config(tmp_path, f"away{stage}", zero_optimization=block)))
-        assert [result["losses"] for result in away] == [result["losses"] for result in kept]
         # Stage 3 with offload reduces gradients in another order.
+        for there, here in zip(away, kept, strict=True):
+            assert there["losses"] == pytest.approx(here["losses"], rel=1e-6 if stage == 3 else 0.0, abs=0.0)
         there, here = checkpoint_tensors(tmp_path / f"away{stage}"), checkpoint_tensors(tmp_path / f"kept{stage}")
         torch.testing.assert_close(there, here, rtol=0.0, atol=5e-6 if stage == 3 else 0.0)
 
