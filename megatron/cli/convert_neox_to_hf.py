@@ -12,6 +12,7 @@ from pathlib import Path
 from megatron.common.errors import CheckpointError, ConfigError
 from megatron.config import Config, load
 from megatron.convert.export import PRECISIONS, export_gpt_neox
+from megatron.convert.lora import merged
 from megatron.convert.open import open_weights
 from megatron.model.from_config import model_spec
 from megatron.tokenizer.base import Tokenizer
@@ -29,12 +30,14 @@ def main(argv: list[str] | None = None) -> int:
             "--config_file is missing: it says which tokenizer belongs to the model, and its precision. Give it, or "
             "give --precision and --no_save_tokenizer."
         )
-    reader = open_weights(
-        args.input_dir,
-        None if config is None else model_spec(config),
-        args.iteration,
-        kinds=["weight"],
-        grouped=None if config is None else config.checkpoint.upstream_gqa_layout,
+    reader = merged(
+        open_weights(
+            args.input_dir,
+            None if config is None else model_spec(config),
+            args.iteration,
+            kinds=["weight"],
+            grouped=None if config is None else config.checkpoint.upstream_gqa_layout,
+        )
     )
     precision = args.precision
     if config is not None and precision == "auto":

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron.config import load
 from megatron.convert.export import PRECISIONS, model_spec
+from megatron.convert.lora import merged
 from megatron.convert.neox_export import export_neox
 from megatron.convert.open import open_weights
 from megatron.model.from_config import model_spec as spec_of_config
@@ -19,12 +20,14 @@ def main(argv: list[str] | None = None) -> int:
     """Convert as the command line says. Raises: CheckpointError, ConfigError."""
     args = _parse(argv)
     config = load([args.config_file], planning=True) if args.config_file else None
-    reader = open_weights(
-        args.input_dir,
-        None if config is None else spec_of_config(config),
-        args.iteration,
-        kinds=["weight"],
-        grouped=None if config is None else config.checkpoint.upstream_gqa_layout,
+    reader = merged(
+        open_weights(
+            args.input_dir,
+            None if config is None else spec_of_config(config),
+            args.iteration,
+            kinds=["weight"],
+            grouped=None if config is None else config.checkpoint.upstream_gqa_layout,
+        )
     )
     configs = reader.source_files()
     if args.config_file:

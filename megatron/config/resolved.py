@@ -33,6 +33,7 @@ from megatron.config.schema import (
     Section,
     TokenizerSection,
     TrainingSection,
+    TuningSection,
     ZeroSection,
 )
 from megatron.config.schema.learning import decay_steps
@@ -66,6 +67,7 @@ class Config:
     schedule: ScheduleSection
     zero: ZeroSection
     training: TrainingSection
+    tuning: TuningSection
     data: DataSection
     checkpoint: CheckpointSection
     observe: ObserveSection

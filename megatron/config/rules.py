@@ -11,6 +11,7 @@ import re
 from megatron.config.architecture_rules import ARCHITECTURE_RULES
 from megatron.config.deepspeed_blocks import check_deepspeed_blocks
 from megatron.config.draft import Draft
+from megatron.config.schema import GATED_ACTIVATIONS
 from megatron.config.texts import check_texts
 
 
@@ -110,6 +111,24 @@ def check_compile(draft: Draft) -> None:
             "torch_compile",
             f"torch_compile = true does not work with ZeRO stage 3 ({draft.place('zero_stage')}), which fetches "
             "weights in the middle of a block. Use stage 1 or 2, or remove torch_compile.",
+        )
+
+
+def check_tuning(draft: Draft) -> None:
+    """LoRA's keys, and what they need."""
+    if draft["lora_rank"] is None:
+        for name in ("lora_alpha", "lora_dropout", "lora_targets"):
+            if draft.is_given(name):
+                draft.problem(name, f"{name} does nothing without lora_rank. Set lora_rank, for example 8.")
+        return
+    fused = draft["num_kv_heads"] in (None, draft["num_attention_heads"])
+    is_gated = draft["activation"] in GATED_ACTIVATIONS
+    missing = ({"query", "key_value"} if fused else set()) | (set() if is_gated else {"gate", "up"})
+    for name in sorted(missing & set(draft["lora_targets"])):
+        draft.problem(
+            "lora_targets",
+            f"lora_targets holds {name}, which this model does not have: its attention "
+            f"{'is' if fused else 'is not'} one query_key_value, its MLP {'is' if is_gated else 'is not'} gated.",
         )
 
 
@@ -316,6 +335,7 @@ RULES = (
     check_zero,
     check_allreduce,
     check_compile,
+    check_tuning,
     check_stages,
     check_tasks,
     check_learning_rate,

@@ -101,6 +101,8 @@ class StagedModule(PipelineModule):
             activation_checkpoint_interval=0,
         )
 
+        if groups.at.pp_rank == 0:
+            self.forward_funcs[0].register_forward_hook(_with_gradient)
         self.forward_funcs: list[Any] = grouped(list(self.forward_funcs), is_block, recompute, stream)
         if groups.at.pp_rank == groups.topology.pp_size - 1:
             self.forward_funcs[-1] = self._loss
@@ -134,6 +136,11 @@ class StagedModule(PipelineModule):
         if owner == "tied_modules":
             return f"{WORD_EMBEDDING}.{rest.partition('.')[2]}"
         return f"{self.layer_names[int(owner)]}.{rest}"
+
+
+def _with_gradient(embedding: nn.Module, inputs: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Stages hand gradients back whether or not anything before them learns: with all of it frozen, start one here."""
+    return hidden.requires_grad_() if torch.is_grad_enabled() and not hidden.requires_grad else hidden
 
 
 def _pass_through(embedding: nn.Module, hidden: torch.Tensor) -> torch.Tensor:

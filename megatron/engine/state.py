@@ -7,7 +7,7 @@ Invariant: the pieces of all ranks cover every logical tensor exactly once per k
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -61,12 +61,15 @@ class Place:
 
 
 def place(engine: TrainEngine, parameter: torch.nn.Parameter) -> Place | None:
-    """Where this rank keeps its part of a parameter, or None if other data-parallel ranks hold all of it."""
+    """Where this rank keeps its part of a parameter, or None if other data-parallel ranks hold all of it.
+
+    Of a frozen parameter, which has no fp32 master, that is the weight itself; without ZeRO 3 the first replica's.
+    """
+    if not parameter.requires_grad:
+        return _frozen_place(engine, parameter)
     if engine.is_fully_sharded:
         group, begin, _ = engine.deepspeed.optimizer.grad_position[parameter.ds_id]  # type: ignore[attr-defined]
-        width = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
-        start = engine.groups.dp_rank * width
-        numel = max(0, min(width, parameter.ds_numel - start))  # type: ignore[attr-defined]
+        start, numel = _partition(engine, parameter)
         flat = engine.deepspeed.optimizer.fp32_partitioned_groups_flat[group]
         return Place(flat, begin, start, numel) if numel else None
     mapping = getattr(parameter, "_hp_mapping", None)
@@ -75,6 +78,23 @@ def place(engine: TrainEngine, parameter: torch.nn.Parameter) -> Place | None:
     (flat,) = _inner_optimizer(engine).param_groups[mapping.param_group_index]["params"]
     held, lies = mapping.lp_fragment_address, mapping.hp_fragment_address
     return Place(flat, lies.start, held.start, held.numel)
+
+
+def _partition(engine: TrainEngine, parameter: torch.nn.Parameter) -> tuple[int, int]:
+    """(first element, number of elements) of the shard that ZeRO 3 keeps on this rank."""
+    width = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+    start = engine.groups.dp_rank * width
+    return start, max(0, min(width, parameter.ds_numel - start))  # type: ignore[attr-defined]
+
+
+def _frozen_place(engine: TrainEngine, parameter: torch.nn.Parameter) -> Place | None:
+    if engine.is_fully_sharded:
+        start, numel = _partition(engine, parameter)
+        flat = parameter.ds_tensor.detach()  # type: ignore[attr-defined]
+        return Place(flat.flatten(), 0, start, numel) if numel else None
+    if engine.groups.dp_rank:
+        return None
+    return Place(parameter.detach().flatten(), 0, 0, parameter.numel())
 
 
 def export_pieces(engine: TrainEngine) -> Iterator[Piece]:
@@ -112,10 +132,17 @@ def optimizer_steps(engine: TrainEngine) -> int:
 
 
 @torch.no_grad()
-def import_weights(engine: TrainEngine, source: TensorSource) -> None:
-    """Load the weights: this rank's shards in the training dtype, and the fp32 masters that follow them."""
+def import_weights(
+    engine: TrainEngine, source: TensorSource, keeps: Callable[[str], bool] = lambda name: False
+) -> None:
+    """Load the weights: this rank's shards in the training dtype, and the fp32 masters that follow them.
+
+    keeps: parameters that stay as they are, because the source does not have them.
+    """
     groups = engine.groups
     for name, parameter in engine.named_parameters:
+        if keeps(name):
+            continue
         shard = source.read_shard(name, WEIGHT, groups.tp_rank, groups.tp_size, rows=_rows(parameter))
         if parameter.numel() == shard.numel():
             parameter.copy_(shard.view(parameter.shape))
@@ -140,7 +167,7 @@ def import_optimizer(engine: TrainEngine, source: TensorSource, steps: int) -> N
         return
     for name, parameter in engine.named_parameters:
         at = place(engine, parameter)
-        if at is None:
+        if at is None or not parameter.requires_grad:
             continue
         state = optimizer.state[at.flat]
         for kind in source.kinds(name):

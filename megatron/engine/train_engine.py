@@ -91,6 +91,7 @@ class TrainEngine:
         device: torch.device,
         recompute: Recompute = NO_RECOMPUTE,
         compile_blocks: bool = False,
+        is_trained: Callable[[str], bool] = lambda name: True,
     ) -> None:
         self.spec, self.groups, self.options, self.device = spec, groups, options, device
         self.is_staged = groups.topology.pp_size > 1
@@ -109,6 +110,8 @@ class TrainEngine:
                     layer.compile(dynamic=False)
         self.named_parameters = public_names(self.module)
         initialize_parameters(self.named_parameters, spec, groups, seed)
+        for name, parameter in self.named_parameters:
+            parameter.requires_grad_(is_trained(name))
         num_parameters = sum(parameter.numel() for _, parameter in self.named_parameters)
         if self.is_fully_sharded:
             for owner, parameter in external_parameters(self.module):

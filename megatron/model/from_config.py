@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 from megatron.config import Config
-from megatron.config.schema import ModelSection, RopeScalingBlock
-from megatron.model.spec import ModelSpec, Residual, RopeScaling
+from megatron.config.schema import GATED_ACTIVATIONS, ModelSection, RopeScalingBlock
+from megatron.model.spec import LowRank, ModelSpec, Residual, RopeScaling
 
 _TANH = {"gelu": "gelu_tanh", "geglu": "geglu_tanh"}
 
@@ -56,6 +56,7 @@ def model_spec(config: Config) -> ModelSpec:
         qk_norm=model.use_qk_layernorm,
         window=model.sliding_window_width,
         window_layers=None if model.sliding_window_layers is None else tuple(sorted(model.sliding_window_layers)),
+        lora=low_rank(config),
         embedding_scale=math.sqrt(model.hidden_size) if model.scale_embeddings else 1.0,
         attention_dropout=model.attention_dropout,
         hidden_dropout=model.hidden_dropout,
@@ -63,6 +64,25 @@ def model_spec(config: Config) -> ModelSpec:
         output_init_method=model.output_layer_init_method,
         init_std=model.init_method_std,
     )
+
+
+def low_rank(config: Config) -> LowRank | None:
+    """The low-rank updates that the config asks for, their targets by the names that this model's layers have."""
+    tuning, model = config.tuning, config.model
+    if tuning.lora_rank is None:
+        return None
+    is_fused = model.num_kv_heads == model.num_attention_heads
+    attention = {"query_key_value"} if is_fused else {"query", "key_value"}
+    inner = {"gate", "up"} if model.activation in GATED_ACTIVATIONS else {"linear1"}
+    meaning: dict[str, set[str]] = {
+        "all": {*attention, *inner, "dense", "linear2"},
+        "attention": {*attention, "dense"},
+        "mlp": {*inner, "linear2"},
+        "query_key_value": attention,
+        "linear1": inner,
+    }
+    targets = set().union(*(meaning.get(target, {target}) for target in tuning.lora_targets))
+    return LowRank(tuning.lora_rank, tuning.lora_alpha, tuple(sorted(targets)), tuning.lora_dropout)
 
 
 def norm_epsilon(model: ModelSection) -> float:

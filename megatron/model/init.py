@@ -25,6 +25,12 @@ def _normal(std: float) -> Draw:
     return lambda tensor, generator: torch.nn.init.normal_(tensor, 0.0, std, generator=generator)
 
 
+def _uniform_by_width(tensor: torch.Tensor, generator: torch.Generator) -> None:
+    """Of LoRA's first matrix: U(-1/sqrt(in), 1/sqrt(in)), as its authors' code and PEFT draw it."""
+    bound = 1.0 / math.sqrt(tensor.shape[1])
+    nn.init.uniform_(tensor, -bound, bound, generator=generator)
+
+
 def draw_method(name: str, spec: ModelSpec) -> Draw:
     """The function that fills a logical tensor in place for the key `init_method` or `output_layer_init_method`.
 
@@ -64,7 +70,11 @@ def initialize_parameters(
     inner = draw_method(spec.init_method, spec)
     outer = draw_method(spec.output_init_method, spec)
     for name, parameter in parameters:
-        if name.endswith(".bias"):
+        if name.endswith(".lora.b"):
+            parameter.fill_(0.0)
+        elif name.endswith(".lora.a"):
+            fill_from(parameter, name, _uniform_by_width, seed=seed, tp_rank=groups.tp_rank, tp_size=groups.tp_size)
+        elif name.endswith(".bias"):
             parameter.fill_(0.0)
         elif parameter.dim() == 1:
             parameter.fill_(0.0 if spec.norm_offset else 1.0)

@@ -14,6 +14,7 @@ from torch import nn
 
 from megatron.model.attention import KeyValueStore, SelfAttention
 from megatron.model.dropout import Dropout
+from megatron.model.lora import add_updates
 from megatron.model.norms import Norm
 from megatron.model.recompute import recomputed
 from megatron.model.spec import ModelSpec
@@ -121,6 +122,7 @@ class TransformerBlock(nn.Module):
         # The tied form has no second norm of its own: both branches read the first one's output.
         self.post_attention_layernorm = Norm(spec, groups) if spec.residual != "parallel_tied" else None
         self.mlp = MLP(spec, groups)
+        add_updates(self, spec, groups, stream)
 
     def forward(
         self, x: torch.Tensor, positions: torch.Tensor | None = None, store: KeyValueStore | None = None

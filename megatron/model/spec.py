@@ -38,6 +38,21 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class LowRank:
+    """Low-rank updates of linear layers, trained in their stead (Hu et al. 2021, LoRA, arXiv 2106.09685).
+
+    rank, alpha: the update is alpha / rank times a product of two matrices of that rank. targets: the layers, by the
+    last part of their name (query_key_value, query, key_value, dense, linear1, linear2, gate, up). dropout: of the
+    update's input.
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """A decoder-only transformer.
 
@@ -63,6 +78,7 @@ class ModelSpec:
     qk_norm: queries and keys are normalised head by head, before the rotation (use_qk_layernorm; Qwen3).
     window: a token sees itself and that many before it (sliding_window_width); window_layers: only in these layers
         (None: in all).
+    lora: low-rank updates beside the weights, or None.
     embedding_scale: what the word embeddings are multiplied with (scale_embeddings: sqrt(H); Gemma).
     """
 
@@ -103,6 +119,7 @@ class ModelSpec:
     window: int | None = None
     window_layers: tuple[int, ...] | None = None
     embedding_scale: float = 1.0
+    lora: LowRank | None = None
 
     def __post_init__(self) -> None:
         # Frozen: what stands for something else is replaced once, here, so that equal models have equal specs.
@@ -148,6 +165,9 @@ class ModelSpec:
         values = dict(values)
         if isinstance(values.get("rope_scaling"), dict):
             values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
+        if isinstance(values.get("lora"), dict):
+            lora = values["lora"]
+            values["lora"] = LowRank(**{**lora, "targets": tuple(lora["targets"])})
         if values.get("window_layers") is not None:
             values["window_layers"] = tuple(values["window_layers"])
         return cls(**values)

@@ -22,6 +22,7 @@ from megatron.convert.open import foreign_folder, open_weights
 from megatron.engine.state import export_pieces, import_optimizer, import_weights, optimizer_steps
 from megatron.engine.train_engine import TrainEngine
 from megatron.model.build import parameter_names, vocabulary_parameters
+from megatron.model.lora import is_update
 from megatron.model.spec import ModelSpec
 
 # Fields that change what is regularised or how weights start, but not which function the weights mean.
@@ -168,8 +169,9 @@ def load_run(
             f"{reader.folder} is a {reader.what}: its weights can be taken, its optimizer state and position cannot. "
             "Set finetune: true to start a new run from these weights."
         )
-    _check_model(reader, engine.spec)
-    import_weights(engine, reader)
+    _check_model(reader, engine.spec, options.weights_only)
+    is_new = _adds_updates(reader, engine.spec)
+    import_weights(engine, reader, keeps=is_update if is_new else lambda name: False)
     if options.weights_only:
         report(f"weights from {reader.folder}; step, optimizer and data start anew (finetune)")
         return Position()
@@ -203,9 +205,26 @@ def _restore_rng(engine: TrainEngine, reader: AnyReader, report: Callable[[str],
     restore(states)
 
 
-def _check_model(reader: AnyReader, spec: ModelSpec) -> None:
+def _adds_updates(reader: AnyReader, spec: ModelSpec) -> bool:
+    """Whether the run puts low-rank updates beside weights that were saved without any."""
+    return spec.lora is not None and reader.state.get("model_spec", {}).get("lora") is None
+
+
+def _check_model(reader: AnyReader, spec: ModelSpec, weights_only: bool) -> None:
     saved = _readable(reader.state.get("model_spec", {}))
     mine = spec.to_dict()
+    if saved.get("lora") is not None and mine["lora"] is None:
+        raise CheckpointError(
+            f"{reader.folder} has low-rank updates (LoRA), the config has none. Set the lora keys to those of that "
+            "run, or merge the updates into the weights first: tools/ckpts/merge_lora.py."
+        )
+    if saved.get("lora") is None and mine["lora"] is not None and not weights_only:
+        raise CheckpointError(
+            f"{reader.folder} has no low-rank updates (LoRA), the config has lora_rank. Set finetune: true to start "
+            "training updates of these weights."
+        )
+    if _adds_updates(reader, spec):
+        mine["lora"] = None
     differing = [
         f"{name}: checkpoint {saved.get(name)!r}, config {mine.get(name)!r}"
         for name in sorted({*saved, *mine} - _FREE_FIELDS)

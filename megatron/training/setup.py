@@ -5,6 +5,7 @@ Invariant: the order of construction is the same on all ranks, because several s
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -25,8 +26,11 @@ from megatron.engine.distributed import start_distributed
 from megatron.engine.replicas import ReplicaCheck
 from megatron.engine.setup import engine_options, topology
 from megatron.engine.train_engine import TrainEngine
+from megatron.model.build import parameter_names
 from megatron.model.from_config import model_spec
+from megatron.model.lora import is_trained
 from megatron.model.recompute import Recompute
+from megatron.model.spec import ModelSpec
 from megatron.observe.setup import build_recorder
 from megatron.observe.throughput import Throughput, peak_flops
 from megatron.optim.build import build_optimizer
@@ -70,7 +74,8 @@ def build_run(config: Config, asked: Callable[[], int] = lambda: 0) -> Run:
     reporter.message(f"{groups.topology}, {config.precision.precision}, {device.type}: {describe(config)}")
     engine = build_engine(config, groups, device)
     schedule = learning_rate_schedule(config)
-    facts = {"train data": datasets.train.fingerprint, "tokenizer": tokenizer.fingerprint}
+    facts: dict[str, Any] = {"train data": datasets.train.fingerprint, "tokenizer": tokenizer.fingerprint}
+    facts |= {key: getattr(config.tuning, key) for key in ("train_parameters", "freeze_parameters")}
     about = {"schedule": asdict(schedule), "config": config.to_upstream_dict()}
     saver = Saver(engine, save_options(config, facts, about), reporter.message)
     saver.check_folder()
@@ -118,9 +123,9 @@ def run_plan(config: Config) -> RunPlan:
 
 def build_engine(config: Config, groups: ProcessGroups, device: torch.device) -> TrainEngine:
     """Model, optimizer and DeepSpeed, with initial weights of the config's seed."""
-    chosen = config.optimizer
+    chosen, spec = config.optimizer, model_spec(config)
     return TrainEngine(
-        model_spec(config),
+        spec,
         groups,
         engine_options(config),
         lambda named: build_optimizer(
@@ -135,7 +140,24 @@ def build_engine(config: Config, groups: ProcessGroups, device: torch.device) ->
         device=device,
         recompute=Recompute(config.training.recompute, config.training.checkpoint_num_layers),
         compile_blocks=config.training.torch_compile,
+        is_trained=trained_parameters(config, spec),
     )
+
+
+def trained_parameters(config: Config, spec: ModelSpec) -> Callable[[str], bool]:
+    """Which parameters learn, by their names. Raises: ConfigError for a pattern that fits none, or if none is left."""
+    train, freeze = config.tuning.train_parameters or [], config.tuning.freeze_parameters or []
+    names = parameter_names(spec)
+    for key, patterns in (("train_parameters", train), ("freeze_parameters", freeze)):
+        for pattern in patterns:
+            if not fnmatch.filter(names, pattern):
+                raise ConfigError(
+                    f"{config.origin(key)}: {key}: {pattern!r} fits no parameter. Names are {names[0]}, "
+                    f"{names[len(names) // 2]}, {names[-1]} and so on; * stands for anything."
+                )
+    if not any(is_trained(name, spec, train, freeze) for name in names):
+        raise ConfigError("train_parameters and freeze_parameters leave nothing to train. Freeze less.")
+    return lambda name: is_trained(name, spec, train, freeze)
 
 
 def build_reporter(config: Config, plan: RunPlan, groups: ProcessGroups, device: torch.device) -> Reporter:

@@ -16,6 +16,7 @@ from megatron.engine.distributed import start_distributed
 from megatron.engine.options import EngineOptions
 from megatron.engine.state import export_pieces
 from megatron.engine.train_engine import TrainEngine
+from megatron.model.lora import is_trained
 from megatron.model.recompute import Recompute
 from megatron.model.spec import ModelSpec
 from megatron.optim.build import build_optimizer
@@ -84,11 +85,17 @@ class Case:
     eps: float = EPS
     seed: int = SEED
     spec: dict[str, Any] = field(default_factory=dict)
+    # Patterns of parameters that stay as they are; with low-rank updates in the spec all other weights do.
+    frozen: tuple[str, ...] = ()
 
     @property
     def world_size(self) -> int:
         """Ranks that the case needs."""
         return self.tp * self.pp * self.dp
+
+    def is_trained(self, name: str) -> bool:
+        """Whether a parameter learns."""
+        return is_trained(name, tiny_spec(**self.spec), (), self.frozen)
 
     @property
     def accumulation(self) -> int:
@@ -146,6 +153,7 @@ def make_engine(case: Case) -> TrainEngine:
         device=device,
         recompute=Recompute("full" if case.recompute else "none"),
         compile_blocks=case.compile_blocks,
+        is_trained=case.is_trained,
     )
 
 
@@ -166,7 +174,9 @@ class Fragment:
 def fragments(engine: TrainEngine) -> list[Fragment]:
     """What this rank would write into a checkpoint."""
     return [
-        Fragment(p.name, p.kind, p.spec, p.tp_rank, p.tp_size, p.start, p.tensor.numpy().copy().ravel(), p.replica)
+        Fragment(
+            p.name, p.kind, p.spec, p.tp_rank, p.tp_size, p.start, p.tensor.float().numpy().copy().ravel(), p.replica
+        )
         for p in export_pieces(engine)
     ]
 

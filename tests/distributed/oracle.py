@@ -30,9 +30,12 @@ KINDS = ("weight", "exp_avg", "exp_avg_sq")
 def oracle_run(case: Case) -> dict[str, Any]:
     """Losses, gradient norms, a validation loss, and per kind every logical tensor after the last step, in fp64."""
     model = build_model(tiny_spec(**case.spec), seed=case.seed).double()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(case.is_trained(name))
     named = list(model.named_parameters())
+    trained = [(name, p) for name, p in named if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        parameter_groups(named, WEIGHT_DECAY), lr=LEARNING_RATE, betas=BETAS, eps=case.eps, foreach=False
+        parameter_groups(trained, WEIGHT_DECAY), lr=LEARNING_RATE, betas=BETAS, eps=case.eps, foreach=False
     )
     losses, norms = [], []
     for step in range(case.steps):
@@ -50,7 +53,7 @@ def oracle_run(case: Case) -> dict[str, Any]:
         valid = float(mean_loss(model, case, 10_000))
     tensors: dict[str, dict[str, torch.Tensor]] = {"weight": {name: p.detach() for name, p in named}}
     for kind in KINDS[1:]:
-        tensors[kind] = {name: optimizer.state[p][kind] for name, p in named}
+        tensors[kind] = {name: optimizer.state[p][kind] for name, p in trained}
     return {"losses": losses, "norms": norms, "valid": valid, **tensors}
 
 

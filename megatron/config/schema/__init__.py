@@ -17,6 +17,7 @@ from megatron.config.schema.execution import (
 from megatron.config.schema.inputs import DataSection, TokenizerSection
 from megatron.config.schema.learning import OptimizerSection, ScheduleSection, TrainingSection
 from megatron.config.schema.outputs import CheckpointSection, EvaluationSection, GenerationSection, ObserveSection
+from megatron.config.schema.tuning import TuningSection
 
 SECTIONS: dict[str, type[Section]] = {
     "parallel": ParallelSection,
@@ -28,6 +29,7 @@ SECTIONS: dict[str, type[Section]] = {
     "schedule": ScheduleSection,
     "zero": ZeroSection,
     "training": TrainingSection,
+    "tuning": TuningSection,
     "data": DataSection,
     "checkpoint": CheckpointSection,
     "observe": ObserveSection,
@@ -72,6 +74,7 @@ __all__ = [
     "Section",
     "TokenizerSection",
     "TrainingSection",
+    "TuningSection",
     "ZeroSection",
     "field_extra",
 ]
