@@ -8,12 +8,12 @@ every tensor has the shape of the model.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron.checkpoint import Reader
+from megatron.checkpoint.location import Location
 from megatron.common.errors import CheckpointError
 from megatron.model.build import build_model, vocabulary_parameters
 from megatron.model.spec import ModelSpec
@@ -32,7 +32,7 @@ class ForeignReader:
 
     def __init__(
         self,
-        folder: Path,
+        folder: Location,
         spec: ModelSpec,
         get: Callable[[str], torch.Tensor],
         *,
