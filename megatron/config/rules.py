@@ -301,6 +301,19 @@ def check_deepspeed(draft: Draft) -> None:
         draft.problem("deepspeed", "deepspeed = false: training always runs over DeepSpeed. Remove the key.")
 
 
+def check_profile(draft: Draft) -> None:
+    """A range of steps, and something to record in it."""
+    first, last = draft["profile_step_start"], draft["profile_step_stop"]
+    if first > last and (draft["profile"] or draft["memory_profiling"]):
+        draft.problem(
+            "profile_step_stop",
+            f"profile_step_stop = {last} is before profile_step_start = {first} ({draft.place('profile_step_start')}). "
+            "Raise it: both steps are profiled.",
+        )
+    if draft["memory_profiling"] and draft["device"] == "cpu":
+        draft.warn("memory_profiling", "memory_profiling has no effect on a CPU: it records CUDA memory")
+
+
 def check_hosts(draft: Draft) -> None:
     """Filters need something to filter."""
     for name in ("include", "exclude"):
@@ -330,6 +343,7 @@ def check_partition(draft: Draft) -> None:
 RULES = (
     check_hosts,
     check_partition,
+    check_profile,
     *ARCHITECTURE_RULES,
     check_tensor_parallel,
     check_zero,

@@ -41,7 +41,6 @@ NO_EFFECT: dict[str, tuple[Any, str]] = {
         False,
         "recomputed activations stay on the device; the results are the same, memory is higher",
     ),
-    "log_grad_norm": (False, "the global gradient norm is always logged; per-parameter norms are not there yet"),
     "profile_backward": (False, "it only serves upstream's checkpointing code"),
     "use_shared_fs": (True, "index caches are locked and atomic, on shared and on local disks alike"),
     "distributed_backend": ("nccl", "nccl is used on CUDA and gloo on a CPU"),
@@ -70,11 +69,6 @@ NO_EFFECT: dict[str, tuple[Any, str]] = {
     "gmlp_attn_dim": (64, "it only serves gmlp layers"),
     "data_impl": (("infer", "mmap", "cached"), "the files say themselves which format they have"),
     "onnx_safe": (False, "activations are plain torch operations"),
-    "memory_profiling_path": (None, "it only serves memory_profiling"),
-    "profile_step_start": (10, "it only serves profile"),
-    "profile_step_stop": (12, "it only serves profile"),
-    "gradient_noise_scale_n_batches": (5, "it only serves log_gradient_noise_scale"),
-    "gradient_noise_scale_cpu_offload": (False, "it only serves log_gradient_noise_scale"),
     "s3_chunk_size": (104857600, "it only serves s3_path"),
     "scheduler": (None, "upstream does not use it either; lr_decay_style, lr_decay_iters, min_lr and warmup decide"),
     "activation_checkpointing": (
@@ -124,7 +118,6 @@ _MAMBA = "Mamba and RWKV layers"
 _MOE = "mixture of experts"
 _TE = "Transformer Engine"
 _MUP = "muP"
-_PROFILE = "profiling"
 
 NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
     # key: (neutral values, what the key belongs to)
@@ -148,7 +141,6 @@ NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
     "moe_jitter_eps": ((None,), _MOE),
     **dict.fromkeys(("override_lr_scheduler", "use_checkpoint_lr_scheduler"), ((False,), "choosing between schedules")),
     "s3_path": ((None,), "a second copy on S3"),
-    "char_level_ppl": ((False,), "perplexity per character"),
     **dict.fromkeys(("use_mup", "coord_check", "save_base_shapes"), ((False,), _MUP)),
     "base_shapes_file": ((None,), _MUP),
     **dict.fromkeys(("mup_init_scale", "mup_embedding_mult", "mup_rp_embedding_mult"), ((1.0,), _MUP)),
@@ -168,9 +160,6 @@ NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
     "kl_impl": (("mse",), _POST),
     "online_dataserver_ips": (("localhost",), _POST),
     "online_dataserver_ports": ((10000,), _POST),
-    **dict.fromkeys(("log_grad_pct_zeros", "log_param_norm", "log_optimizer_states"), ((False,), "this statistic")),
-    "log_gradient_noise_scale": ((False,), "the gradient noise scale"),
-    **dict.fromkeys(("memory_profiling", "profile"), ((False,), _PROFILE)),
 }
 
 NOT_YET_VALUES: dict[str, tuple[tuple[Any, ...], str]] = {

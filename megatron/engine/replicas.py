@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from megatron.checkpoint.piece import Piece
 from megatron.common.errors import ReplicaError
+from megatron.engine.gradients import gradient_pieces, master_pieces
 from megatron.engine.state import export_pieces
 from megatron.engine.train_engine import TrainEngine
 from megatron.model.build import WORD_EMBEDDING
@@ -81,8 +82,7 @@ class ReplicaCheck:
             yield
             return
         self._before, self._gradients = self._weights(_BEFORE), {}
-        # Looked up here, for ZeRO takes the optimizer's parameter groups apart while it steps.
-        self._masters = [piece for piece in export_pieces(self.engine) if piece.kind == "weight"]
+        self._masters = master_pieces(self.engine)
         self._is_watching = True
         try:
             yield
@@ -130,21 +130,10 @@ class ReplicaCheck:
         """Called by torch at the head of the optimizer's own step; ZeRO may make one call per parameter group."""
         if not self._is_watching:
             return
-        # Keyed by storage, for a piece is a view of the flat tensor that the optimizer steps.
-        seen: dict[Key, torch.Tensor] = {}
-        flats = {
-            flat.untyped_storage().data_ptr(): flat
-            for group in optimizer.param_groups
-            for flat in group["params"]
-            if flat.grad is not None
+        seen = {
+            ("gradient", piece.name): checksum(gradient, piece.start).to(self.engine.device)
+            for piece, gradient in gradient_pieces(optimizer, self._masters)
         }
-        for piece in self._masters:
-            flat = flats.get(piece.tensor.untyped_storage().data_ptr())
-            if flat is None:
-                continue
-            first = piece.tensor.storage_offset() - flat.storage_offset()
-            gradient = flat.grad.flatten().narrow(0, first, piece.tensor.numel())
-            seen["gradient", piece.name] = checksum(gradient, piece.start).to(self.engine.device)
         self._gradients = self._complete(self._gradients, ["gradient"]) | seen
 
     def _raise_together(self, step: int, found: list[Difference]) -> None:

@@ -16,9 +16,12 @@ import torch
 from megatron.common.errors import Stopped
 from megatron.data.loader import Batch, BatchLoader
 from megatron.engine.replicas import ReplicaCheck
+from megatron.engine.statistics import Statistics
 from megatron.engine.train_engine import StepResult, TrainEngine
 from megatron.optim.schedule import LearningRateSchedule
+from megatron.training.characters import CharacterCount
 from megatron.training.plan import RunPlan
+from megatron.training.profiling import StepProfiler
 from megatron.training.reliability.anomaly import AnomalyPolicy, Decision
 from megatron.training.reliability.recovery import Recovery
 from megatron.training.reliability.signals import StopRequest
@@ -45,6 +48,9 @@ class Run:
     saver: Saver
     position: Position = field(default_factory=Position)
     replicas: ReplicaCheck | None = None
+    statistics: Statistics | None = None
+    profiler: StepProfiler | None = None
+    characters: CharacterCount | None = None
     score: Callable[[], dict[str, float]] | None = None
     stop: StopRequest = field(default_factory=StopRequest)
     saved_step: int = 0
@@ -56,6 +62,8 @@ class Run:
         for loader in (self.train, self.valid, self.test):
             if loader is not None:
                 loader.close()
+        if self.profiler is not None:
+            self.profiler.close()
         self.reporter.close()
 
 
@@ -104,10 +112,15 @@ def evaluate(run: Run, loader: BatchLoader) -> float | None:
     None if the run is to stop, which is asked between batches.
     """
     losses: list[float] = []
+    if run.characters is not None:
+        run.characters.reset()
     for index in range(run.plan.eval_iters):
         if losses and run.stop.agreed():
             return None
-        losses.append(run.engine.evaluate(loader.step_batches(index * run.plan.global_batch_size)))
+        batches = loader.step_batches(index * run.plan.global_batch_size)
+        losses.append(run.engine.evaluate(batches))
+        if run.characters is not None:
+            run.characters.add(batches)
     return sum(losses) / len(losses)
 
 
@@ -127,8 +140,14 @@ def _train_one(run: Run) -> bool:
     learning_rate = run.schedule.lr_at(position.step)
     batches = run.train.step_batches(position.consumed_samples)
     states = run.engine.stream.capture()
-    with run.replicas.around(position.step + 1) if run.replicas is not None else contextlib.nullcontext():
+    with contextlib.ExitStack() as around:
+        for watcher in (run.profiler, run.replicas):
+            if watcher is not None:
+                around.enter_context(watcher.around(position.step + 1))
+        if run.statistics is not None:
+            around.enter_context(run.statistics.watching())
         result = run.engine.train_step(batches, learning_rate, run.anomalies.accepts)
+    statistics = run.statistics.collect(result) if run.statistics is not None else {}
     position.step += 1
     position.consumed_samples += run.plan.global_batch_size
     decision = run.anomalies.record(
@@ -148,6 +167,7 @@ def _train_one(run: Run) -> bool:
         num_skipped=run.anomalies.num_skipped,
         num_not_finite=run.anomalies.num_not_finite,
         epoch=run.train.epoch(position.consumed_samples),
+        statistics=statistics,
     )
     run.saver.poll()
     if decision.action == "go_on":
@@ -196,7 +216,8 @@ def _validate(run: Run) -> None:
         loss = evaluate(run, loader)
         if loss is None:
             return
-        run.reporter.evaluated(name, run.position.step, loss)
+        ratio = run.characters.tokens_per_character() if run.characters is not None else None
+        run.reporter.evaluated(name, run.position.step, loss, ratio)
     if run.score is not None:
         try:
             scores = run.score()

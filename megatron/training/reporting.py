@@ -7,6 +7,7 @@ upstream's. Invariant: nothing here changes the course of a run, and nothing syn
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from megatron.engine.train_engine import StepResult
 from megatron.observe.progress import Progress, StepReport
@@ -47,6 +48,7 @@ class Reporter:
         num_skipped: int,
         num_not_finite: int,
         epoch: float,
+        statistics: Mapping[str, float] | None = None,
     ) -> None:
         """Record optimizer step `step`."""
         if not self.is_main:
@@ -58,6 +60,7 @@ class Reporter:
             "train/learning_rate": learning_rate,
             "train/grad_norm": result.grad_norm,
             "train/epoch": epoch,
+            **(statistics or {}),
         }
         if result.loss_scale is not None:
             metrics["train/loss_scale"] = result.loss_scale
@@ -93,14 +96,16 @@ class Reporter:
                 ),
             )
 
-    def evaluated(self, name: str, step: int, loss: float) -> None:
-        """Record the loss on a held-out set, `validation` or `test`."""
+    def evaluated(self, name: str, step: int, loss: float, tokens_per_character: float | None = None) -> None:
+        """Record the loss on a held-out set, `validation` or `test`; with the last, also perplexity per character."""
         if not self.is_main:
             return
         if name == "validation":
             self.last_validation = loss
         perplexity = math.exp(loss) if loss < 700 else math.inf
         metrics = {f"{name}/lm_loss": loss, f"{name}/lm_loss_ppl": perplexity}
+        if tokens_per_character is not None:
+            metrics[f"{name}/lm_loss_char_lvl_ppl"] = math.exp(min(loss * tokens_per_character, 700))
         self.recorder.record(step, metrics, step * self.plan.tokens_per_step)
         if self.progress is not None:
             self.progress.validation(step, loss, name)

@@ -25,6 +25,7 @@ from megatron.data.token_dataset import TokenDataset
 from megatron.engine.distributed import start_distributed
 from megatron.engine.replicas import ReplicaCheck
 from megatron.engine.setup import engine_options, topology
+from megatron.engine.statistics import Statistics, StatisticsOptions
 from megatron.engine.train_engine import TrainEngine
 from megatron.model.build import parameter_names
 from megatron.model.from_config import model_spec
@@ -39,8 +40,10 @@ from megatron.optim.schedule import LearningRateSchedule
 from megatron.parallel.process_groups import ProcessGroups
 from megatron.tokenizer.base import Tokenizer
 from megatron.tokenizer.setup import build_tokenizer
+from megatron.training.characters import CharacterCount
 from megatron.training.loop import Run
 from megatron.training.plan import RunPlan, SaveSchedule
+from megatron.training.profiling import StepProfiler
 from megatron.training.reliability.anomaly import AnomalyOptions, AnomalyPolicy
 from megatron.training.reliability.signals import StopRequest
 from megatron.training.reporting import Reporter
@@ -91,12 +94,40 @@ def build_run(config: Config, asked: Callable[[], int] = lambda: 0) -> Run:
         stop=StopRequest(asked, limit_mins=config.training.exit_duration_in_mins),
     )
     run.anomalies = AnomalyPolicy(anomaly_options(config))
+    _add_watchers(run, config, groups, tokenizer)
     if config.training.check_replicas:
         run.replicas = ReplicaCheck(engine, config.training.check_replicas)
     run.position = load_run(engine, load_options(config), facts, reporter.message)
     run.anomalies.restore(run.position.anomalies)
     reporter.start(run.position.step)
     return run
+
+
+def _add_watchers(run: Run, config: Config, groups: ProcessGroups, tokenizer: Tokenizer) -> None:
+    """What looks at the steps without changing them: statistics, the profiler, the count of characters. Collective."""
+    observe = config.observe
+    options = StatisticsOptions(
+        param_norm=observe.log_param_norm,
+        grad_norm=observe.log_grad_norm,
+        grad_zeros=observe.log_grad_pct_zeros,
+        optimizer_states=observe.log_optimizer_states,
+        noise_scale_batches=observe.gradient_noise_scale_n_batches if observe.log_gradient_noise_scale else 0,
+        offload_noise_scale=observe.gradient_noise_scale_cpu_offload,
+    )
+    if options.any:
+        run.statistics = Statistics(run.engine, options, config.batch.train_batch_size)
+    if observe.profile or observe.memory_profiling:
+        folder = Path(observe.tensorboard_dir) if observe.tensorboard_dir else run_folder(config) / "profile"
+        run.profiler = StepProfiler(
+            groups.global_rank,
+            observe.profile_step_start,
+            observe.profile_step_stop,
+            trace_folder=folder if observe.profile else None,
+            memory_folder=Path(observe.memory_profiling_path or folder) if observe.memory_profiling else None,
+            say=run.reporter.message,
+        )
+    if observe.char_level_ppl:
+        run.characters = CharacterCount(tokenizer.decode, groups, run.engine.device)
 
 
 def run_plan(config: Config) -> RunPlan:

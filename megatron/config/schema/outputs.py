@@ -71,6 +71,25 @@ class ObserveSection(Section):
     comet_experiment_name: str | None = key(None, "Comet experiment name.")
     comet_tags: list[str] | None = key(None, "Comet tags.")
     comet_others: dict[str, Any] | None = key(None, "Further Comet metadata.")
+    log_grad_norm: Bool = key(False, "Log every parameter's gradient norm, before clipping; the global one always is.")
+    log_param_norm: Bool = key(False, "Log every parameter's norm.")
+    log_grad_pct_zeros: Bool = key(False, "Log the percentage of zeros in every parameter's gradient.")
+    log_optimizer_states: Bool = key(False, "Log the norms of every parameter's optimizer states.")
+    log_gradient_noise_scale: Bool = key(
+        False, "Log the gradient noise scale, in sequences: about the batch size beyond which larger ones gain little."
+    )
+    gradient_noise_scale_n_batches: Int = key(
+        5, "Steps between noise scales, and in its large batch.", unit="steps", ge=2
+    )
+    gradient_noise_scale_cpu_offload: Bool = key(False, "Keep the noise scale's buffer in the host's memory.")
+    char_level_ppl: Bool = key(False, "Also log the perplexity per character of validation and test.")
+    profile: Bool = key(
+        False, "Write a trace of the steps profile_step_start to profile_step_stop, for Perfetto or chrome://tracing."
+    )
+    profile_step_start: Int = key(10, "First profiled step.", unit="steps", ge=1)
+    profile_step_stop: Int = key(12, "Last profiled step.", unit="steps", ge=1)
+    memory_profiling: Bool = key(False, "Write a snapshot of CUDA memory after profile_step_stop.")
+    memory_profiling_path: str | None = key(None, "Folder of the snapshot. Unset: tensorboard_dir, or beside the log.")
     peak_theoretical_tflops: Float | None = key(
         None, "Peak of one device; turns utilisation (MFU) logging on.", unit="TFLOP/s", gt=0
     )
