@@ -224,6 +224,21 @@ def check_anomalies(draft: Draft) -> None:
         )
 
 
+def check_schedule_source(draft: Draft) -> None:
+    """Which schedule a continued run follows."""
+    if not draft["use_checkpoint_lr_scheduler"]:
+        return
+    for other, why in (
+        ("override_lr_scheduler", "one takes the checkpoint's schedule, the other this configuration's"),
+        ("finetune", "it begins a new run, whose schedule is this configuration's"),
+    ):
+        if draft[other]:
+            draft.problem(
+                "use_checkpoint_lr_scheduler",
+                f"use_checkpoint_lr_scheduler = true cannot go with {other} = true: {why}. Remove one of the two.",
+            )
+
+
 def check_data(draft: Draft) -> None:
     """One prefix, or lists for all three parts, each with as many weights and labels."""
     parts = ("train", "valid", "test")
@@ -355,6 +370,7 @@ RULES = (
     check_learning_rate,
     check_checkpoint,
     check_anomalies,
+    check_schedule_source,
     check_data,
     check_packing,
     check_epochs,

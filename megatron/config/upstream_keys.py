@@ -80,10 +80,6 @@ NO_EFFECT: dict[str, tuple[Any, str]] = {
     "sparsity_config": (None, "it only serves the sparse kinds of attention_config"),
     "sparse_gradients": (False, "gradients of the embedding travel dense; the results are the same"),
     "fp16_lm_cross_entropy": (False, "the loss is computed in fp32, a few rows at a time, in less memory than in fp16"),
-    "checkpoint_validation_with_forward_pass": (
-        False,
-        "every tensor of a checkpoint has a checksum that is compared when it is read",
-    ),
     "precompute_model_name": (None, "it only serves text_gen_type: precompute"),
 }
 
@@ -139,7 +135,6 @@ NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
     **dict.fromkeys(("moe_num_experts", "moe_expert_interval", "moe_top_k"), ((1,), _MOE)),
     "moe_router_type": (("sinkhorn",), _MOE),
     "moe_jitter_eps": ((None,), _MOE),
-    **dict.fromkeys(("override_lr_scheduler", "use_checkpoint_lr_scheduler"), ((False,), "choosing between schedules")),
     "s3_path": ((None,), "a second copy on S3"),
     **dict.fromkeys(("use_mup", "coord_check", "save_base_shapes"), ((False,), _MUP)),
     "base_shapes_file": ((None,), _MUP),

@@ -157,33 +157,35 @@ def import_weights(
 
 @torch.no_grad()
 def import_optimizer(engine: TrainEngine, source: TensorSource, steps: int) -> None:
-    """Load the optimizer's per-element state and set its step count."""
+    """Load the optimizer's per-element state and set its step count, of an optimizer that counts (0: it does not).
+
+    A checkpoint from before the first step holds no states: the optimizer then starts anew.
+    """
     groups, optimizer = engine.groups, _inner_optimizer(engine)
-    if steps == 0:
-        # An optimizer that has moved already (a roll-back) starts anew.
-        for flat in _flat_partitions(engine):
-            for kind, value in optimizer.state[flat].items():
-                optimizer.state[flat][kind] = value.zero_() if torch.is_tensor(value) else 0
-        return
+    found: set[str] = set()
     for name, parameter in engine.named_parameters:
+        kinds = [kind for kind in source.kinds(name) if kind != WEIGHT]
+        found.update(kinds)
         at = place(engine, parameter)
         if at is None or not parameter.requires_grad:
             continue
         state = optimizer.state[at.flat]
-        for kind in source.kinds(name):
-            if kind == WEIGHT:
-                continue
-            if kind not in state:
+        for kind in kinds:
+            if not torch.is_tensor(state.get(kind)):
                 state[kind] = torch.zeros_like(at.flat)
             part = source.read_shard(
                 name, kind, groups.tp_rank, groups.tp_size, at.start, at.stop, rows=_rows(parameter)
             )
             at.of(state[kind]).copy_(part.flatten())
     for flat in _flat_partitions(engine):
-        optimizer.state[flat]["step"] = torch.tensor(float(steps), dtype=torch.float32, device=flat.device)
+        state = optimizer.state[flat]
+        if not found:
+            state.clear()
+        if steps:
+            state["step"] = torch.tensor(float(steps), dtype=torch.float32, device=flat.device)
         # A partition of padding alone (a stage filler) has no piece in any checkpoint.
-        for kind in _kinds(engine):
-            optimizer.state[flat].setdefault(kind, torch.zeros_like(flat))
+        for kind in found:
+            state.setdefault(kind, torch.zeros_like(flat))
 
 
 def _rows(parameter: torch.nn.Parameter) -> int:
@@ -199,15 +201,6 @@ def _flat_partitions(engine: TrainEngine) -> list[torch.Tensor]:
     if engine.is_fully_sharded:
         return list(engine.deepspeed.optimizer.fp32_partitioned_groups_flat)
     return [flat for group in _inner_optimizer(engine).param_groups for flat in group["params"]]
-
-
-def _kinds(engine: TrainEngine) -> set[str]:
-    return {
-        kind
-        for flat, state in _inner_optimizer(engine).state.items()
-        for kind, value in state.items()
-        if torch.is_tensor(value) and value.shape == flat.shape
-    }
 
 
 def _states_like(engine: TrainEngine, flat: torch.Tensor) -> dict[str, torch.Tensor]:

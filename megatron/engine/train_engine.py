@@ -96,6 +96,7 @@ class TrainEngine:
         self.spec, self.groups, self.options, self.device = spec, groups, options, device
         self.is_staged = groups.topology.pp_size > 1
         self.is_fully_sharded = options.zero_stage == 3
+        self.seed = seed
         self.stream = seed_streams(seed, groups, device)
         with torch.device(device):
             self.module: LossModule | StagedModule = (
@@ -197,6 +198,13 @@ class TrainEngine:
             losses = [self.deepspeed(*inputs) for inputs in micro_batches]
         self.module.train()
         return float(self._mean(losses))
+
+    def reseed(self, step: int) -> None:
+        """Random numbers of a run that goes on after `step` steps without the states of its generators.
+
+        Not those of the run's begin again.
+        """
+        self.stream.state = seed_streams(self.seed, self.groups, self.device, step).state
 
     def loss_scale_state(self) -> dict[str, float] | None:
         """The dynamic loss scale and its counters (fp16), None otherwise."""

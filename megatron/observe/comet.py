@@ -64,6 +64,10 @@ class Comet:
         more = {} if consumed_tokens is None else {"train/consumed_tokens": consumed_tokens}
         self._experiment.log_metrics({**metrics, **more}, step=step)
 
+    def go_on_from(self, step: int) -> str | None:
+        """Nothing to take back: every start of a run is a run of its own at Comet."""
+        return None
+
     def close(self) -> None:
         """End the experiment."""
         self._experiment.end()

@@ -1,8 +1,9 @@
 """The JSONL log of metrics: always written, and the one that plots and summaries are made from.
 
 One object per record: `step`, `time` (seconds since 1970), `consumed_tokens` where known, and the metrics by name.
-It appends, so that a continued run goes on in the same file. Steps that were repeated after a crash stand there twice;
-the reader lets the later one win. Invariant: at most the last line is torn, and opening for writing removes it.
+It appends, so that a continued run goes on in the same file. What a crashed run had recorded beyond the checkpoint is
+first moved to a file beside it, so that every step stands here once, for any reader; where a log was not kept that way,
+`read_metrics` lets the later record win. Invariant: at most the last line is torn, and opening for writing removes it.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from megatron.common.errors import DataError
+from megatron.common.files import atomic_write_text
 
 LOG_NAME = "metrics.jsonl"
+# Records of steps that were made again, in the order in which they were replaced.
+SUPERSEDED_NAME = "metrics.superseded.jsonl"
 
 
 class MetricsLog:
@@ -24,7 +28,7 @@ class MetricsLog:
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._clock = clock
+        self._clock, self._path = clock, path
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         _remove_torn_line(self._fd)
 
@@ -36,6 +40,25 @@ class MetricsLog:
         # JSON has no NaN and no infinity: they are written as strings that Python's float() and most readers take.
         entry.update({name: value if math.isfinite(value) else str(float(value)) for name, value in metrics.items()})
         os.write(self._fd, (json.dumps(entry, allow_nan=False) + "\n").encode())
+
+    def go_on_from(self, step: int) -> str | None:
+        """Move the records of steps beyond `step` to the file of superseded ones."""
+        lines = self._path.read_bytes().splitlines(keepends=True)
+        beyond = [line for line in lines if _step_of(line) > step]
+        if not beyond:
+            return None
+        superseded = self._path.with_name(SUPERSEDED_NAME)
+        with open(superseded, "ab") as file:
+            file.writelines(beyond)
+            file.flush()
+            os.fsync(file.fileno())
+        # One rename, so that a kill in between leaves a whole log: then some records stand in both files.
+        atomic_write_text(self._path, b"".join(line for line in lines if _step_of(line) <= step).decode())
+        os.close(self._fd)
+        self._fd = os.open(self._path, os.O_RDWR | os.O_APPEND)
+        return (
+            f"metrics of steps beyond {step} ({len(beyond)} records of a run that saved no later) moved to {superseded}"
+        )
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""
@@ -70,6 +93,14 @@ def read_metrics(path: Path) -> dict[int, dict[str, float]]:
             ) from None
         steps.setdefault(step, {}).update(values)
     return dict(sorted(steps.items()))
+
+
+def _step_of(line: bytes) -> int:
+    """The step of a record; 0 for a line that is none, which is then left where it is."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return 0
 
 
 def _remove_torn_line(fd: int) -> None:

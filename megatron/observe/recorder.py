@@ -19,6 +19,9 @@ class Sink(Protocol):
     def record(self, step: int, metrics: Mapping[str, float], consumed_tokens: int | None) -> None:
         """Take the metrics of a step; several records of one step complete each other."""
 
+    def go_on_from(self, step: int) -> str | None:
+        """Take back what was recorded of steps beyond `step`: they are made again. Returns what to say of it."""
+
     def close(self) -> None:
         """Write what is still held back, and let go."""
 
@@ -36,6 +39,13 @@ class Recorder:
         """
         for sink in self._sinks:
             sink.record(step, metrics, consumed_tokens)
+
+    def go_on_from(self, step: int) -> str:
+        """Take back, in every sink that can, what was recorded of steps beyond `step`: they are made again.
+
+        Called when a run continues from a checkpoint, before its first record. Returns what to say of it, or "".
+        """
+        return "; ".join(filter(None, [sink.go_on_from(step) for sink in self._sinks]))
 
     def close(self) -> None:
         """Close every sink; a second call does nothing."""
@@ -59,11 +69,24 @@ class ForgivingSink:
         try:
             self._sink.record(step, metrics, consumed_tokens)
         except Exception as error:
-            self._sink = None
-            self._say(
-                f"{self._name} failed at step {step} and is left out from here on; training goes on, and the JSONL log "
-                f"has every metric. It said: {type(error).__name__}: {error}"
-            )
+            self._give_up(step, error)
+
+    def go_on_from(self, step: int) -> str | None:
+        """Pass it on, unless the sink has failed before."""
+        if self._sink is None:
+            return None
+        try:
+            return self._sink.go_on_from(step)
+        except Exception as error:
+            self._give_up(step, error)
+            return None
+
+    def _give_up(self, step: int, error: Exception) -> None:
+        self._sink = None
+        self._say(
+            f"{self._name} failed at step {step} and is left out from here on; training goes on, and the JSONL log "
+            f"has every metric. It said: {type(error).__name__}: {error}"
+        )
 
     def close(self) -> None:
         """Close the sink, unless it has failed before."""

@@ -39,6 +39,11 @@ class TensorBoard:
         if consumed_tokens is not None:
             self._writer.add_scalar("train/consumed_tokens", consumed_tokens, step)
 
+    def go_on_from(self, step: int) -> str | None:
+        """The next record opens a file that hides what others hold of its step and beyond."""
+        self.close()
+        return None
+
     def close(self) -> None:
         """Write what is buffered; a second call does nothing."""
         if self._writer is not None:

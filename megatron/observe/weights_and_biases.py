@@ -68,6 +68,10 @@ class WeightsAndBiases:
         more = {} if consumed_tokens is None else {"train/consumed_tokens": consumed_tokens}
         self._run.log({**metrics, **more}, step=step)
 
+    def go_on_from(self, step: int) -> str | None:
+        """Nothing to take back: every start of a run is a run of its own at W&B."""
+        return None
+
     def close(self) -> None:
         """End the run; when this returns, its file is complete."""
         self._run.finish()

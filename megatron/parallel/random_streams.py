@@ -76,10 +76,10 @@ class RandomStream:
             torch.set_rng_state(state)
 
 
-def seed_streams(seed: int, groups: ProcessGroups, device: torch.device) -> RandomStream:
-    """Seed every default generator of this rank and return its `divided` stream."""
+def seed_streams(seed: int, groups: ProcessGroups, device: torch.device, step: int = 0) -> RandomStream:
+    """Seed every default generator of this rank and return its `divided` stream; other numbers for every `step`."""
     at = groups.at
-    replicated = (seed * 1_000_003 + at.pp_rank * 10_007 + at.dp_rank) % 2**32
+    replicated = (seed * 1_000_003 + step * 15_485_863 + at.pp_rank * 10_007 + at.dp_rank) % 2**32
     random.seed(replicated)
     np.random.seed(replicated)
     torch.manual_seed(replicated)

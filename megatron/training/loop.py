@@ -55,6 +55,8 @@ class Run:
     stop: StopRequest = field(default_factory=StopRequest)
     saved_step: int = 0
     anomalies: AnomalyPolicy = field(default_factory=AnomalyPolicy)
+    # When elapsed time was last added to the position.
+    clock_s: float = field(default_factory=time.perf_counter)
 
     def close(self) -> None:
         """Wait for a save in the background, stop reading ahead, and let go of display and logs."""
@@ -150,6 +152,10 @@ def _train_one(run: Run) -> bool:
     statistics = run.statistics.collect(result) if run.statistics is not None else {}
     position.step += 1
     position.consumed_samples += run.plan.global_batch_size
+    position.consumed_tokens = position.consumed_samples * run.plan.seq_length
+    now = time.perf_counter()
+    position.elapsed_s += now - run.clock_s
+    run.clock_s = now
     decision = run.anomalies.record(
         position.step,
         result.loss,
@@ -159,10 +165,10 @@ def _train_one(run: Run) -> bool:
     )
     position.anomalies = run.anomalies.state()
     run.reporter.stepped(
-        position.step,
+        position,
         result,
         learning_rate=learning_rate,
-        elapsed_s=time.perf_counter() - started,
+        elapsed_s=now - started,
         cpu_s=time.process_time() - started_cpu,
         num_skipped=run.anomalies.num_skipped,
         num_not_finite=run.anomalies.num_not_finite,
@@ -200,6 +206,7 @@ def _recover(
             run.position.anomalies, run.position.validation_due = run.anomalies.state(), False
             # The checkpoint of that step does not know where the data goes on.
             run.saved_step = -1
+            run.reporter.go_on_from(loaded.step)
             return False
     is_saved = run.saver.options.folder is not None and not (origin is not None and origin.has_bad_state)
     if is_saved:
@@ -217,13 +224,13 @@ def _validate(run: Run) -> None:
         if loss is None:
             return
         ratio = run.characters.tokens_per_character() if run.characters is not None else None
-        run.reporter.evaluated(name, run.position.step, loss, ratio)
+        run.reporter.evaluated(name, run.position, loss, ratio)
     if run.score is not None:
         try:
             scores = run.score()
         except Stopped:
             return
-        run.reporter.scored(run.position.step, scores)
+        run.reporter.scored(run.position, scores)
     run.position.validation_due = False
 
 

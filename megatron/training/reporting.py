@@ -14,6 +14,7 @@ from megatron.observe.progress import Progress, StepReport
 from megatron.observe.recorder import Recorder
 from megatron.observe.throughput import Throughput
 from megatron.training.plan import RunPlan
+from megatron.training.saving import Position
 
 
 class Reporter:
@@ -26,9 +27,16 @@ class Reporter:
         self.last_validation: float | None = None
 
     def start(self, step: int) -> None:
-        """Open the progress display of a run that goes on from `step`."""
+        """Open the progress display of a run that goes on from `step`, and take back what was logged beyond it."""
         if self.is_main:
+            self.go_on_from(step)
             self.progress = Progress(self.plan.train_iters, step, log_interval=self.plan.log_interval)
+
+    def go_on_from(self, step: int) -> None:
+        """Take back what was logged of steps beyond `step`: they are made again."""
+        taken_back = self.recorder.go_on_from(step)
+        if taken_back:
+            self.message(taken_back)
 
     def message(self, text: str) -> None:
         """One line for the person who watches."""
@@ -39,7 +47,7 @@ class Reporter:
 
     def stepped(
         self,
-        step: int,
+        position: Position,
         result: StepResult,
         *,
         learning_rate: float,
@@ -50,9 +58,10 @@ class Reporter:
         epoch: float,
         statistics: Mapping[str, float] | None = None,
     ) -> None:
-        """Record optimizer step `step`."""
+        """Record the optimizer step that has just been made, the `position.step`-th. Units: elapsed_s, cpu_s of it."""
         if not self.is_main:
             return
+        step = position.step
         rates = self.throughput.add(elapsed_s, cpu_s)
         self.last_loss = result.loss
         metrics = {
@@ -61,6 +70,9 @@ class Reporter:
             "train/grad_norm": result.grad_norm,
             "train/epoch": epoch,
             **(statistics or {}),
+            "train/consumed_samples": position.consumed_samples,
+            "train/skipped_steps": num_skipped,
+            "runtime/elapsed_s": position.elapsed_s,
         }
         if result.loss_scale is not None:
             metrics["train/loss_scale"] = result.loss_scale
@@ -77,7 +89,7 @@ class Reporter:
                 metrics["runtime/flops_per_sec_per_gpu"] = rates.flops_per_s
             if rates.mfu is not None:
                 metrics["runtime/model_flops_utilization"] = rates.mfu
-        self.recorder.record(step, metrics, step * self.plan.tokens_per_step)
+        self.recorder.record(step, metrics, position.consumed_tokens)
         if self.progress is not None:
             self.progress.update(
                 step,
@@ -96,7 +108,7 @@ class Reporter:
                 ),
             )
 
-    def evaluated(self, name: str, step: int, loss: float, tokens_per_character: float | None = None) -> None:
+    def evaluated(self, name: str, position: Position, loss: float, tokens_per_character: float | None = None) -> None:
         """Record the loss on a held-out set, `validation` or `test`; with the last, also perplexity per character."""
         if not self.is_main:
             return
@@ -106,17 +118,17 @@ class Reporter:
         metrics = {f"{name}/lm_loss": loss, f"{name}/lm_loss_ppl": perplexity}
         if tokens_per_character is not None:
             metrics[f"{name}/lm_loss_char_lvl_ppl"] = math.exp(min(loss * tokens_per_character, 700))
-        self.recorder.record(step, metrics, step * self.plan.tokens_per_step)
+        self.recorder.record(position.step, metrics, position.consumed_tokens)
         if self.progress is not None:
-            self.progress.validation(step, loss, name)
+            self.progress.validation(position.step, loss, name)
 
-    def scored(self, step: int, scores: dict[str, float]) -> None:
+    def scored(self, position: Position, scores: dict[str, float]) -> None:
         """Record the scores of evaluation tasks, by `<task>_<metric>`."""
         if not self.is_main:
             return
         metrics = {f"validation/{name}": value for name, value in scores.items()}
-        self.recorder.record(step, metrics, step * self.plan.tokens_per_step)
-        self.message(f"tasks at iteration {step} | " + " | ".join(f"{k}: {v:.4f}" for k, v in scores.items()))
+        self.recorder.record(position.step, metrics, position.consumed_tokens)
+        self.message(f"tasks at iteration {position.step} | " + " | ".join(f"{k}: {v:.4f}" for k, v in scores.items()))
 
     def close(self) -> None:
         """Leave the display as it stands and let go of the sinks."""

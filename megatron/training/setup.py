@@ -47,8 +47,17 @@ from megatron.training.profiling import StepProfiler
 from megatron.training.reliability.anomaly import AnomalyOptions, AnomalyPolicy
 from megatron.training.reliability.signals import StopRequest
 from megatron.training.reporting import Reporter
+from megatron.training.resuming import (
+    OPTIMIZER,
+    LoadOptions,
+    ScheduleSource,
+    changed_settings,
+    open_run,
+    restore_run,
+    resumed_schedule,
+)
 from megatron.training.saver import Saver
-from megatron.training.saving import LoadOptions, SaveOptions, load_run
+from megatron.training.saving import Position, SaveOptions
 
 
 def build_run(config: Config, asked: Callable[[], int] = lambda: 0) -> Run:
@@ -76,9 +85,13 @@ def build_run(config: Config, asked: Callable[[], int] = lambda: 0) -> Run:
     reporter = build_reporter(config, plan, groups, device)
     reporter.message(f"{groups.topology}, {config.precision.precision}, {device.type}: {describe(config)}")
     engine = build_engine(config, groups, device)
-    schedule = learning_rate_schedule(config)
-    facts: dict[str, Any] = {"train data": datasets.train.fingerprint, "tokenizer": tokenizer.fingerprint}
+    facts: dict[str, Any] = {
+        "train data": datasets.train.fingerprint,
+        "tokenizer": tokenizer.fingerprint,
+        OPTIMIZER: config.optimizer.type,
+    }
     facts |= {key: getattr(config.tuning, key) for key in ("train_parameters", "freeze_parameters")}
+    position, schedule = _continue(config, engine, facts, reporter)
     about = {"schedule": asdict(schedule), "config": config.to_upstream_dict()}
     saver = Saver(engine, save_options(config, facts, about), reporter.message)
     saver.check_folder()
@@ -91,13 +104,13 @@ def build_run(config: Config, asked: Callable[[], int] = lambda: 0) -> Run:
         test,
         reporter,
         saver,
+        position,
         stop=StopRequest(asked, limit_mins=config.training.exit_duration_in_mins),
     )
     run.anomalies = AnomalyPolicy(anomaly_options(config))
     _add_watchers(run, config, groups, tokenizer)
     if config.training.check_replicas:
         run.replicas = ReplicaCheck(engine, config.training.check_replicas)
-    run.position = load_run(engine, load_options(config), facts, reporter.message)
     run.anomalies.restore(run.position.anomalies)
     reporter.start(run.position.step)
     return run
@@ -128,6 +141,37 @@ def _add_watchers(run: Run, config: Config, groups: ProcessGroups, tokenizer: To
         )
     if observe.char_level_ppl:
         run.characters = CharacterCount(tokenizer.decode, groups, run.engine.device)
+
+
+def _continue(
+    config: Config, engine: TrainEngine, facts: dict[str, Any], reporter: Reporter
+) -> tuple[Position, LearningRateSchedule]:
+    """Where the run goes on from, and by which schedule; what has changed since is said. Collective."""
+    options, schedule, report = load_options(config), learning_rate_schedule(config), reporter.message
+    reader = open_run(engine, options, report)
+    if reader is None:
+        return Position(), schedule
+    position = restore_run(engine, reader, options, facts, report)
+    if not options.weights_only:
+        source: ScheduleSource | None = "config" if config.schedule.override_lr_scheduler else None
+        if config.schedule.use_checkpoint_lr_scheduler:
+            source = "checkpoint"
+        schedule = resumed_schedule(reader, schedule, source, report)
+        changes = changed_settings(reader.state.get("config", {}), settings(config))
+        if changes:
+            report("changed since that checkpoint: " + "; ".join(changes))
+    return position, schedule
+
+
+def settings(config: Config) -> dict[str, Any]:
+    """The keys that shape the numbers of a run, by name: not where it runs, saves and logs, and not its schedule."""
+    shaping = (
+        config.parallel, config.batch, config.model, config.tokenizer, config.precision, config.optimizer,
+        config.zero, config.training, config.data,
+    )  # fmt: skip
+    values = {name: value for section in shaping for name, value in section.model_dump(mode="json").items()}
+    # Said with the schedule; the block holds what other keys hold as well.
+    return {name: value for name, value in values.items() if name not in ("optimizer", "lr")}
 
 
 def run_plan(config: Config) -> RunPlan:
@@ -247,6 +291,7 @@ def save_options(config: Config, facts: dict[str, Any], about: dict[str, Any]) -
         source_files=[(Path(source.path).name, source.text) for source in config.files],
         facts=facts,
         about=about,
+        checks_forward=config.checkpoint.checkpoint_validation_with_forward_pass,
         with_rng=not checkpoint.no_save_rng,
         is_async=checkpoint.async_save,
         on_failure=checkpoint.on_save_failure,
@@ -264,6 +309,7 @@ def load_options(config: Config) -> LoadOptions:
         grouped=checkpoint.upstream_gqa_layout,
         with_optimizer=not checkpoint.no_load_optim,
         with_rng=not checkpoint.no_load_rng,
+        checks_forward=checkpoint.checkpoint_validation_with_forward_pass,
     )
 
 

@@ -52,6 +52,14 @@ class ScheduleSection(Section):
     lr_decay_fraction: Float | None = key(None, "lr_decay_iters as a part of train_iters. Unset: 1.", gt=0, le=1)
     min_lr: Float = key(0.0, "The rate never falls below this after warm-up.", ge=0)
     warmup: Float = key(0.01, "Part of lr_decay_iters over which the rate rises from 0.", ge=0, le=1)
+    override_lr_scheduler: Bool = key(
+        False,
+        "When continuing, use this file's schedule (lr, min_lr, lr_decay_style, lr_decay_iters, warmup) where the "
+        "checkpoint's differs. That is done without the key as well, with a warning.",
+    )
+    use_checkpoint_lr_scheduler: Bool = key(
+        False, "When continuing, use the checkpoint's schedule where this file's differs."
+    )
 
 
 def decay_steps(train_iters: int, fraction: float | None) -> int:

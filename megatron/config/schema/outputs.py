@@ -40,9 +40,12 @@ class CheckpointSection(Section):
     on_save_failure: Literal["stop", "continue"] = key(
         "stop", "After a failed save, stop the run, or go on training and try again at the next one.", ours=True
     )
-    finetune: Bool = key(False, "Take only the weights, and start from step 0.")
-    no_load_optim: Bool = key(False, "Load weights without optimizer states.")
-    no_load_rng: Bool = key(False, "Load without the state of the random generators.")
+    finetune: Bool = key(
+        False,
+        "Take only the weights of load, and start from step 0: step, data, optimizer, schedule and random states anew.",
+    )
+    no_load_optim: Bool = key(False, "Load without optimizer states; step, schedule and data go on.")
+    no_load_rng: Bool = key(False, "Load without the state of the random generators: dropout then draws other numbers.")
     upstream_gqa_layout: Literal["blocks", "per_head"] | None = key(
         None,
         "Rows of grouped-query attention in an upstream checkpoint given as load: blocks since November 2024, "
@@ -50,6 +53,11 @@ class CheckpointSection(Section):
         ours=True,
     )
     no_save_rng: Bool = key(False, "Save without the state of the random generators.")
+    checkpoint_validation_with_forward_pass: Bool = key(
+        False,
+        "Store with each checkpoint the loss of one made-up sequence, and refuse a checkpoint whose loss is another "
+        "after loading than rounding explains.",
+    )
 
 
 class ObserveSection(Section):

@@ -23,7 +23,8 @@ from megatron.data.loader import Batch
 from megatron.engine.origin import Origin, find_origin
 from megatron.engine.train_engine import StepResult, TrainEngine
 from megatron.training.reliability.anomaly import AnomalyPolicy, Decision
-from megatron.training.saving import LoadOptions, Position, SaveOptions, load_run
+from megatron.training.resuming import LoadOptions, load_run
+from megatron.training.saving import Position, SaveOptions
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,12 @@ ADAM = {"type": "Adam", "params": {"lr": 1e-3}}
         (1, {"extra_save_iters": [1, -2]}, "holds a negative step"),
         (1, {"finetune": True}, "finetune = true needs load"),
         (1, {"iteration": 5}, "iteration = 5 needs load"),
+        (
+            1,
+            {"use_checkpoint_lr_scheduler": True, "override_lr_scheduler": True},
+            "use_checkpoint_lr_scheduler = true cannot go with override_lr_scheduler = true",
+        ),
+        (1, {"use_checkpoint_lr_scheduler": True, "finetune": True, "load": "c"}, "cannot go with finetune = true"),
         (1, {"data_path": "d", **LISTS}, "are both set"),
         (1, {"train_data_paths": ["a"]}, "valid_data_paths and test_data_paths not. Set all three."),
         (1, {**LISTS, "valid_data_weights": [1.0]}, "valid_data_weights has 1 entries and valid_data_paths 2"),

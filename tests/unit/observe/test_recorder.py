@@ -8,7 +8,7 @@ import math
 import pytest
 
 from megatron.common.errors import DataError
-from megatron.observe.metrics_log import MetricsLog, read_metrics
+from megatron.observe.metrics_log import SUPERSEDED_NAME, MetricsLog, read_metrics
 from megatron.observe.recorder import ForgivingSink, Recorder
 
 
@@ -24,8 +24,27 @@ class Failing:
         if self.calls > self.good_calls:
             raise ConnectionError("the network is away")
 
+    def go_on_from(self, step):
+        raise ConnectionError("the network is away")
+
     def close(self):
         raise ConnectionError("still away")
+
+
+class TakenBack:
+    """Remembers from where it was told to go on."""
+
+    def __init__(self, told: list[int]) -> None:
+        self.told = told
+
+    def record(self, step, metrics, consumed_tokens):
+        """Nothing to keep."""
+
+    def go_on_from(self, step):
+        self.told.append(step)
+
+    def close(self):
+        """Nothing to do."""
 
 
 def test_records_are_appended_and_read_back_by_step(tmp_path):
@@ -56,6 +75,44 @@ def test_the_later_record_of_a_repeated_step_wins(tmp_path):
             log.record(step, {"train/lm_loss": loss}, None)
         log.close()
     assert {step: values["train/lm_loss"] for step, values in read_metrics(path).items()} == {1: 5.0, 2: 4.5, 3: 3.5}
+
+
+def test_steps_that_are_made_again_leave_the_log_and_are_kept_beside_it(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+
+    def run(start, stop, loss):
+        said = []
+        recorder = Recorder([MetricsLog(path, clock=lambda: 0.0), ForgivingSink(TakenBack(said), "remote")])
+        told = recorder.go_on_from(start)
+        for step in range(start + 1, stop + 1):
+            recorder.record(step, {"train/lm_loss": loss})
+            recorder.record(step, {"validation/lm_loss": loss})
+        recorder.close()
+        assert said == [start]
+        return told
+
+    assert run(0, 4, 1.0) == ""
+    whole = path.read_bytes()
+    assert "(4 records" in run(2, 3, 2.0)
+    # Nothing beyond: nothing is touched and nothing said.
+    assert run(3, 5, 3.0) == ""
+    lines = path.read_bytes().splitlines(keepends=True)
+    assert b"".join(lines[:4]) == b"".join(whole.splitlines(keepends=True)[:4])
+    assert [json.loads(line)["step"] for line in lines] == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    assert [values["train/lm_loss"] for values in read_metrics(path).values()] == [1.0, 1.0, 2.0, 3.0, 3.0]
+    assert (tmp_path / SUPERSEDED_NAME).read_bytes() == b"".join(whole.splitlines(keepends=True)[4:])
+    run(0, 1, 4.0)
+    assert list(read_metrics(path)) == [1]
+    assert len((tmp_path / SUPERSEDED_NAME).read_bytes().splitlines()) == 4 + 10
+
+
+def test_a_logger_that_cannot_take_back_is_left_out():
+    said: list[str] = []
+    recorder = Recorder([ForgivingSink(Failing(), "W&B", said.append)])
+    recorder.go_on_from(3)
+    recorder.record(4, {})
+    assert len(said) == 1
+    assert "W&B failed at step 3" in said[0]
 
 
 @pytest.mark.parametrize("kept", [0, 1, 17, 5000])
