@@ -68,12 +68,8 @@ class RemotePath:
         """A method of the file system on this address. Raises: OSError, whatever the library raised."""
         try:
             return getattr(self.fs, method)(self.path, *arguments, **options)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(errno.ENOENT, "not found", str(self)) from error
-        except OSError as error:
-            raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(self)) from error
-        except Exception as error:  # libraries below have error families of their own (no credentials, no connection)
-            raise OSError(errno.EIO, f"{type(error).__name__}: {error}", str(self)) from error
+        except Exception as error:
+            raise remote_error(error, self) from error
 
     def exists(self) -> bool:
         """Whether there is an object, or a folder with something in it."""
@@ -121,6 +117,18 @@ class RemotePath:
         if len(data) != stop - start:
             raise OSError(errno.EIO, f"{len(data)} bytes came instead of {stop - start}", str(self))
         return data
+
+
+def remote_error(error: Exception, path: RemotePath) -> OSError:
+    """What the library raised, as an OSError with a number and the address."""
+    if isinstance(error, FileNotFoundError):
+        return FileNotFoundError(errno.ENOENT, "not found", str(path))
+    if isinstance(error, PermissionError):
+        return PermissionError(errno.EACCES, str(error), str(path))
+    if isinstance(error, OSError):
+        return OSError(error.errno or errno.EIO, error.strerror or str(error), str(path))
+    # Libraries below have error families of their own (no credentials, no connection).
+    return OSError(errno.EIO, f"{type(error).__name__}: {error}", str(path))
 
 
 Location = Path | RemotePath

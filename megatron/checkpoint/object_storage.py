@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable
 
+from megatron.checkpoint.location import remote_error
 from megatron.checkpoint.storage import Address, Storage
+from megatron.common.errors import CheckpointError
 
 # Parts of a multipart upload: S3 allows 10,000 of them, so a rank may write 640 GB.
 _PART_BYTES = 1 << 26
@@ -40,9 +42,9 @@ class ObjectStorage(Storage):
                 stream.discard()
             with contextlib.suppress(Exception):
                 stream.closed = True
-            if isinstance(error, OSError) or not isinstance(error, Exception):
+            if isinstance(error, CheckpointError) or not isinstance(error, Exception):
                 raise
-            raise OSError(5, f"{type(error).__name__}: {error}", str(path)) from error
+            raise remote_error(error, path) from error
         return total
 
     def replace_text(self, path: Address, text: str) -> None:

@@ -130,18 +130,18 @@ def probe(root: Address, disk: Storage, mark: str) -> None:
 
     Raises: CheckpointError that says what to mend.
     """
-    trial = root / f".write_test.{mark}"
+    trial, before = root / f".write_test.{mark}", root / f".write_test.{mark}.tmp"
     try:
         disk.make_directory(root)
-        disk.write_file(trial.with_name(trial.name + ".tmp"), [b"write test"])
-        disk.rename(trial.with_name(trial.name + ".tmp"), trial)
+        disk.write_file(before, [b"write test"])
+        disk.rename(before, trial)
         disk.flush_directory(root)
         if trial.read_bytes() != b"write test":
             raise CheckpointError(f"save: {root} does not give back what was written. Mend the storage.")
         disk.unlink(trial)
     except OSError as error:
         with contextlib.suppress(OSError):
-            disk.unlink(trial.with_name(trial.name + ".tmp"))
+            disk.unlink(before)
         raise CheckpointError(
             f"save: checkpoints cannot be written to {root}: {explain(error, disk, root)}. "
             "Mend that, or set save to another folder."

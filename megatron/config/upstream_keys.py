@@ -106,6 +106,11 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
         (False,),
         "weights are not served to other processes. Export a checkpoint with tools/ckpts/convert_neox_to_hf.py",
     ),
+    "s3_path": (
+        (None,),
+        "checkpoints are written to the bucket itself, not to a folder and then copied. Give save (and load) the "
+        "address, s3://bucket/run, with async_save: true if it is slow",
+    ),
     "soft_prompt_tuning": ((None,), f"soft prompts do not exist here (upstream's cannot start either). {_MEANWHILE}"),
 }
 
@@ -135,7 +140,6 @@ NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
     **dict.fromkeys(("moe_num_experts", "moe_expert_interval", "moe_top_k"), ((1,), _MOE)),
     "moe_router_type": (("sinkhorn",), _MOE),
     "moe_jitter_eps": ((None,), _MOE),
-    "s3_path": ((None,), "a second copy on S3"),
     **dict.fromkeys(("use_mup", "coord_check", "save_base_shapes"), ((False,), _MUP)),
     "base_shapes_file": ((None,), _MUP),
     **dict.fromkeys(("mup_init_scale", "mup_embedding_mult", "mup_rp_embedding_mult"), ((1.0,), _MUP)),

@@ -12,6 +12,7 @@ import torch
 from megatron.checkpoint import find
 from tests.integration.run_cases import checkpoint_tensors, train_run, write_config
 from tests.integration.saving_cases import killed_at_every_operation, train_with_full_disk
+from tests.unit.checkpoint.s3_server import S3Server
 
 Ranks = Callable[..., list[Any]]
 
@@ -78,6 +79,34 @@ def test_a_failed_background_save_is_tried_again(ranks: Ranks, tmp_path: Path) -
     assert sorted(path.name for path in (tmp_path / "run").glob("*global_step*")) == [
         "global_step2", "global_step4", "global_step6",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_run_on_s3_goes_on_exactly(ranks: Ranks, tmp_path: Path, is_async: bool) -> None:
+    """Saved to and continued from a bucket by two ranks; the same weights as on a disk."""
+    whole = ranks(train_run, 2, str(write_config(tmp_path, "whole")))
+    server = S3Server()
+    environ = {
+        "AWS_ENDPOINT_URL": server.url,
+        "AWS_ACCESS_KEY_ID": "a",
+        "AWS_SECRET_ACCESS_KEY": "b",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    try:
+        where = {"save": "s3://bucket/run", "load": "s3://bucket/run", "log_dir": str(tmp_path / "log")}
+        changes = {**where, "async_save": is_async, "keep_last_n_checkpoints": 2}
+        ranks(train_run, 2, str(write_config(tmp_path, "s3", exit_interval=4, **changes)), environ=environ)
+        resumed = ranks(train_run, 2, str(write_config(tmp_path, "s3", **changes)), environ=environ)
+        assert [result["losses"] for result in resumed] == [result["losses"][4:] for result in whole]
+        for name, data in server.objects.items():
+            path = tmp_path / "copy" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+    finally:
+        server.close()
+    copy = tmp_path / "copy" / "bucket" / "run"
+    assert sorted(path.name for path in copy.iterdir()) == ["global_step4", "global_step6", "latest"]
+    assert equal(checkpoint_tensors(copy), checkpoint_tensors(tmp_path / "whole"))
 
 
 def test_an_unwritable_folder_shows_before_the_first_step(ranks: Ranks, tmp_path: Path) -> None:

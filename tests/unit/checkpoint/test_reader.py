@@ -70,6 +70,21 @@ def test_a_file_cut_short_or_missing(root: Path, name: str) -> None:
     check_fallback(root, str(path.parent) if name == "manifest.json" else str(path))
 
 
+def test_a_foreign_folder_and_one_without_files_are_passed_over(root: Path) -> None:
+    foreign = root / "global_step3"
+    foreign.mkdir()
+    (foreign / "mp_rank_00_model_states.pt").write_bytes(b"another program's")
+    (root / "global_step4").mkdir()
+    (root / "latest").write_text("global_step3")
+    notes: list[str] = []
+    assert open_checkpoint(root, report=notes.append).step == 2
+    text = "\n".join(notes)
+    for folder in ("global_step3", "global_step4"):
+        assert f"{root / folder} holds no manifest.json: it is not a complete checkpoint of this program" in text
+    with pytest.raises(CheckpointError, match=r"global_step3 holds no manifest\.json"):
+        open_checkpoint(root, 3)
+
+
 def test_every_process_comes_to_the_same_choice(root: Path) -> None:
     """Only one of the parts meets the damage; all pass the checkpoint over."""
     path = root / "global_step2" / "rank_00001.safetensors"
