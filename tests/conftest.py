@@ -1,4 +1,5 @@
-"""Fixtures for every test."""
+"""Fixtures for every test, and the mark `full`: the larger matrices, which run only when a mark expression asks for
+them (`make test-full`)."""
 
 from __future__ import annotations
 
@@ -45,3 +46,18 @@ def rank_pool() -> Iterator[RankPool]:
 def ranks(rank_pool: RankPool) -> Callable[..., list[Any]]:
     """`ranks(function, world_size, *args, timeout=60, deepspeed=False)`: see `RankPool.run_ranks`."""
     return rank_pool.run_ranks
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Declare the mark."""
+    config.addinivalue_line("markers", 'full: the larger matrix of layouts; runs with -m "full or not full"')
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without a mark expression, leave out what is marked."""
+    if config.getoption("markexpr"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("full")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("full")]

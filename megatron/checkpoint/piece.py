@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,8 @@ class Piece:
     tensor: stop - start elements of any shape, on any device.
     replica: a copy of what another rank writes: compared by checksum, not written. A replicated tensor's pieces of
         tensor-parallel ranks other than 0 are replicas without saying so.
+    load: makes the elements when their bytes are written, so that one tensor at a time is in memory; `tensor` then
+        tells their shape and type alone (on "meta").
     """
 
     name: str
@@ -50,6 +52,7 @@ class Piece:
     stop: int
     tensor: torch.Tensor
     replica: bool = False
+    load: Callable[[], torch.Tensor] | None = None
 
     @classmethod
     def whole(
@@ -57,6 +60,14 @@ class Piece:
     ) -> Piece:
         """All of one tensor-parallel shard."""
         return cls(name, kind, spec, tp_rank, tp_size, 0, spec.shard_numel(tp_size), tensor)
+
+    @classmethod
+    def promised(
+        cls, name: str, kind: str, spec: ShardSpec, dtype: torch.dtype, load: Callable[[], torch.Tensor]
+    ) -> Piece:
+        """All of a tensor that is made when it is written."""
+        tensor = torch.empty(spec.logical_shape, dtype=dtype, device="meta")
+        return cls(name, kind, spec, 0, 1, 0, tensor.numel(), tensor, load=load)
 
     @property
     def is_replica(self) -> bool:
@@ -93,11 +104,15 @@ def checksum(data: memoryview, value: int = 0) -> int:
     return value
 
 
-def encode(tensors: Sequence[tuple[str, torch.Tensor, dict[str, Any]]]) -> Iterator[bytes | memoryview]:
+def encode(
+    tensors: Sequence[tuple[str, torch.Tensor, dict[str, Any]]],
+    loads: Mapping[str, Callable[[], torch.Tensor]] | None = None,
+) -> Iterator[bytes | memoryview]:
     """Yield the bytes of a safetensors file holding each (key, tensor) as a flat array.
 
     Each third member, an index entry, receives `dtype`, `offset` (in the file, bytes) and `crc32` as the bytes go by;
-    tensors on a device are copied to the host one at a time.
+    tensors on a device are copied to the host one at a time. loads: by key, what makes the elements of a tensor
+    that only tells its shape and type.
     """
     # Wide types first: every array then starts at a multiple of its item size, which memory mapping needs.
     ordered = sorted(tensors, key=lambda item: -item[1].element_size())
@@ -114,7 +129,11 @@ def encode(tensors: Sequence[tuple[str, torch.Tensor, dict[str, Any]]]) -> Itera
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
-    for _, tensor, entry in ordered:
+    for key, tensor, entry in ordered:
+        if loads and key in loads:
+            made = loads[key]()
+            assert (made.shape, made.dtype) == (tensor.shape, tensor.dtype)
+            tensor = made
         data = host_bytes(tensor)
         entry["offset"] += 8 + len(text)
         entry["crc32"] = 0

@@ -88,14 +88,19 @@ class Reader:
         *,
         rows: int | None = None,
         dtype: torch.dtype | None = None,
+        is_divided: bool | None = None,
     ) -> torch.Tensor:
         """The elements [start, stop) of the flattened shard `tp_rank` of `tp_size`, in memory of its own.
 
         rows: the first logical dimension that the caller has, where its vocabulary is padded otherwise; rows beyond the
-        stored ones are zero. dtype: convert while copying.
+        stored ones are zero. dtype: convert while copying. is_divided: whether the caller's ranks divide the tensor,
+        where that depends on their number (few kv heads); None: as it is stored.
         Shapes: [stop - start]. Raises: CheckpointError for an unknown tensor or a shape that cannot be had.
         """
         spec, stored = self._target_spec(name, rows), self.spec(name)
+        if is_divided is not None and is_divided != (spec.dim is not None):
+            # Only along the first dimension, where the order of the elements is the same either way.
+            spec = ShardSpec(spec.logical_shape, 0 if is_divided else None)
         entry = self._kind(name, kind)
         try:
             size = spec.shard_numel(tp_size)

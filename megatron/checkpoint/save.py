@@ -183,7 +183,7 @@ def _write_rank(
     tensors = [(piece.key, piece.tensor, entry) for piece, entry in zip(written, index["pieces"], strict=True)]
     for (name, tensor), entry in zip(rank_tensors.items(), index["rank_tensors"], strict=True):
         tensors.append((f"rank/{rank}/{name}", tensor, entry))
-    chunks = iter(encode(tensors))
+    chunks = iter(encode(tensors, {piece.key: piece.load for piece in written if piece.load is not None}))
     header = bytes(next(chunks))
     name = manifests.rank_file(rank, place.suffix)
     size = disk.write_file(place.work / name, (chunk for part in ([header], chunks) for chunk in part))

@@ -11,13 +11,15 @@ from pathlib import Path
 
 from megatron.common.errors import CheckpointError, ConfigError
 from megatron.config import Config, load
-from megatron.convert.export import PRECISIONS, export_gpt_neox
+from megatron.convert.export import PRECISIONS, export_checkpoint
+from megatron.convert.families import FAMILIES
 from megatron.convert.lora import merged
 from megatron.convert.open import open_weights
 from megatron.model.from_config import model_spec
 from megatron.tokenizer.base import Tokenizer
 from megatron.tokenizer.setup import build_tokenizer
 
+_ARCHITECTURES = {"auto": None, "neox": "gpt_neox"}
 _OF_CONFIG = {"fp16": "fp16", "bfloat16": "bf16", "fp32": "fp32"}
 
 
@@ -25,11 +27,6 @@ def main(argv: list[str] | None = None) -> int:
     """Convert as the command line says. Raises: CheckpointError, ConfigError, DataError."""
     args = _parse(argv)
     config = load([args.config_file], planning=True) if args.config_file else None
-    if config is None and (args.precision == "auto" or not args.no_save_tokenizer):
-        raise ConfigError(
-            "--config_file is missing: it says which tokenizer belongs to the model, and its precision. Give it, or "
-            "give --precision and --no_save_tokenizer."
-        )
     reader = merged(
         open_weights(
             args.input_dir,
@@ -39,17 +36,24 @@ def main(argv: list[str] | None = None) -> int:
             grouped=None if config is None else config.checkpoint.upstream_gqa_layout,
         )
     )
+    is_imported = "hugging_face" in reader.state
+    if config is None and not is_imported and (args.precision == "auto" or not args.no_save_tokenizer):
+        raise ConfigError(
+            "--config_file is missing: it says which tokenizer belongs to the model, and its precision. Give it, or "
+            "give --precision and --no_save_tokenizer."
+        )
     precision = args.precision
-    if config is not None and precision == "auto":
-        # What the run used, not what `precision: auto` would mean on this machine.
-        trained_in = reader.state.get("layout", {}).get("precision", config.precision.precision)
-        precision = _OF_CONFIG[trained_in or "fp32"]
+    if precision == "auto":
+        # What the run used, not what `precision: auto` would mean on this machine. An imported model, back untouched.
+        trained_in = reader.state.get("layout", {}).get("precision", config and config.precision.precision)
+        precision = "stored" if is_imported else _OF_CONFIG[trained_in or "fp32"]
     print(f"{reader.folder} (step {reader.step}) -> {args.output_dir}, {precision}", flush=True)
     tokenizer = None if config is None or args.no_save_tokenizer else _tokenizer(config, reader.state.get("facts", {}))
-    result = export_gpt_neox(
+    result = export_checkpoint(
         reader,
         args.output_dir,
         precision,
+        model_type=_ARCHITECTURES.get(args.architecture, args.architecture),
         tokenizer=tokenizer,
         pad_id=args.pad_token_id if args.pad_token_id >= 0 else None,
     )
@@ -57,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"checked: transformers' logits equal the native ones to {check.difference:.2g} (largest {check.scale:.3g})")
     if check.rounding:
         print(f"rounding the weights to {precision} moves a logit by {check.rounding:.2g} at most")
-    print(f"written: {result.folder} ({result.tensor_bytes / 1e6:.1f} MB of weights)")
+    print(f"written: {result.folder}, {result.architecture} ({result.tensor_bytes / 1e6:.1f} MB of weights)")
     return 0
 
 
@@ -87,5 +91,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         help="accepted for compatibility: what vocab_file is, is found out from the file",
     )
     add("--debug", action="store_true", help="show tracebacks")
-    add("--architecture", choices=["neox"], default="neox", help="the Hugging Face architecture to write")
+    add(
+        "--architecture",
+        choices=["auto", "neox", *FAMILIES],
+        default="auto",
+        help="the Hugging Face architecture to write; auto: what the model is",
+    )
     return parser.parse_args(argv)

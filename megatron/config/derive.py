@@ -225,7 +225,16 @@ def derive_vocabulary(draft: Draft) -> None:
         draft.problem("vocab_file", f"vocab_file = {file} is not a file for {kind}: {error}.")
         vocabulary = Vocabulary(None)
     rows, size = draft["padded_vocab_size"], vocabulary.size
-    if size is None:
+    divisor = draft["make_vocab_size_divisible_by"] * draft["model_parallel_size"]
+    if draft.is_given("vocab_size"):
+        if size is not None and draft["vocab_size"] < size:
+            draft.problem(
+                "vocab_size",
+                f"vocab_size = {draft['vocab_size']} is below the tokenizer's {size} ids. Use at least {size}, or "
+                "remove the key.",
+            )
+        size = draft["vocab_size"]
+    elif size is None:
         if rows is not None:
             draft.derive("vocab_size", rows, "padded_vocab_size, as the tokenizer's file is not there")
             if file is not None and not Path(file).exists():
@@ -233,18 +242,18 @@ def derive_vocabulary(draft: Draft) -> None:
                     "vocab_file", f"{file} is not there yet; all {rows} rows of the embedding count as known ids"
                 )
         return
-    if vocabulary.assumed:
+    if vocabulary.assumed and not draft.is_given("vocab_size"):
         if file is None:
             draft.warnings.append(f"vocab_file is not set; {size:,} ids are assumed, as {kind} usually has")
         else:
             draft.warn("vocab_file", f"{file} is not there yet; {size:,} ids are assumed from its name")
     draft.derive("vocab_size", size, "vocab_file")
-    divisor = draft["make_vocab_size_divisible_by"] * draft["model_parallel_size"]
     draft.derive("padded_vocab_size", round_up(size, divisor), "the tokenizer and make_vocab_size_divisible_by")
     if draft["padded_vocab_size"] < size:
+        whose = "vocab_size =" if draft.is_given("vocab_size") else "the tokenizer's"
         draft.problem(
             "padded_vocab_size",
-            f"padded_vocab_size = {rows} is below the tokenizer's {size} ids. Use at least {size}, or remove the key.",
+            f"padded_vocab_size = {rows} is below {whose} {size} ids. Use at least {size}, or remove the key.",
         )
 
 

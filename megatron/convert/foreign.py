@@ -112,11 +112,15 @@ class ForeignReader:
         *,
         rows: int | None = None,
         dtype: torch.dtype | None = None,
+        is_divided: bool | None = None,
     ) -> torch.Tensor:
         """As `Reader.read_shard`."""
         whole = self.read(name, kind, rows=rows, dtype=dtype)
+        dim = self.spec(name).dim
+        if is_divided is not None and is_divided != (dim is not None):
+            dim = 0 if is_divided else None
         try:
-            shard = ShardSpec(tuple(whole.shape), self.spec(name).dim).take(whole, tp_rank, tp_size)
+            shard = ShardSpec(tuple(whole.shape), dim).take(whole, tp_rank, tp_size)
         except ValueError as error:
             raise CheckpointError(f"{name} in {self.folder}: {error}. Use another model_parallel_size.") from error
         return shard.flatten()[start:stop].clone()

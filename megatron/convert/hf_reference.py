@@ -42,7 +42,7 @@ def hidden_states_and_logits(folder: Path, tokens: torch.Tensor) -> tuple[list[t
     return list(output.hidden_states), output.logits
 
 
-def encode(folder: Path, texts: Sequence[str]) -> list[list[int]]:
-    """The ids that the folder's tokenizer gives in transformers."""
+def encode(folder: Path, texts: Sequence[str], *, marks: bool = False) -> list[list[int]]:
+    """The ids that the folder's tokenizer gives in transformers; marks: with those that it sets around a text."""
     tokenizer = _transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    return [tokenizer.encode(text, add_special_tokens=marks) for text in texts]

@@ -12,7 +12,32 @@ from typing import Any
 
 from megatron.common.errors import CheckpointError
 from megatron.common.files import atomic_write_text
+from megatron.convert.hf_folder import read_json
 from megatron.tokenizer.base import EOD_PIECE, PAD_PIECE, Tokenizer
+
+_SETTINGS = "tokenizer_config.json"
+_CARRIED = (
+    *("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json"),
+    *("special_tokens_map.json", "generation_config.json", "chat_template.jinja"),
+)
+
+
+def carry_files(source: Path, target: Path) -> list[str]:
+    """Copy what belongs to the tokenizer and to generation from one folder to another; returns the names.
+
+    transformers 5 names a class that 4 does not have; it is replaced by the one that both load.
+    """
+    names = [name for name in _CARRIED if (source / name).is_file()]
+    for name in names:
+        shutil.copyfile(source / name, target / name)
+    if (source / _SETTINGS).is_file():
+        settings = read_json(source / _SETTINGS)
+        if settings.get("tokenizer_class") == "TokenizersBackend":
+            settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+            settings.pop("backend", None)
+        atomic_write_text(target / _SETTINGS, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+        names.append(_SETTINGS)
+    return names
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, max_positions: int) -> None:
@@ -32,6 +57,10 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, max_positions: int) -> N
         )
     for source, target in zip(sources, targets, strict=True):
         shutil.copyfile(source, folder / target)
+    if (sources[0].parent / _SETTINGS).is_file():
+        # It was imported with its settings: they say more than we know.
+        carry_files(sources[0].parent, folder)
+        return
     special: dict[str, str] = {}
     if tokenizer.eod_id is not None:
         special |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), EOD_PIECE)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -35,6 +35,7 @@ class TensorSource(Protocol):
         stop: int | None = None,
         *,
         rows: int | None = None,
+        is_divided: bool | None = None,
     ) -> torch.Tensor: ...
 
 
@@ -143,7 +144,7 @@ def import_weights(
     for name, parameter in engine.named_parameters:
         if keeps(name):
             continue
-        shard = source.read_shard(name, WEIGHT, groups.tp_rank, groups.tp_size, rows=_rows(parameter))
+        shard = source.read_shard(name, WEIGHT, groups.tp_rank, groups.tp_size, **_wanted(parameter))
         if parameter.numel() == shard.numel():
             parameter.copy_(shard.view(parameter.shape))
         at = place(engine, parameter)
@@ -174,7 +175,7 @@ def import_optimizer(engine: TrainEngine, source: TensorSource, steps: int) -> N
             if not torch.is_tensor(state.get(kind)):
                 state[kind] = torch.zeros_like(at.flat)
             part = source.read_shard(
-                name, kind, groups.tp_rank, groups.tp_size, at.start, at.stop, rows=_rows(parameter)
+                name, kind, groups.tp_rank, groups.tp_size, at.start, at.stop, **_wanted(parameter)
             )
             at.of(state[kind]).copy_(part.flatten())
     for flat in _flat_partitions(engine):
@@ -188,9 +189,11 @@ def import_optimizer(engine: TrainEngine, source: TensorSource, steps: int) -> N
             state.setdefault(kind, torch.zeros_like(flat))
 
 
-def _rows(parameter: torch.nn.Parameter) -> int:
-    # A checkpoint of another tensor-parallel size may hold another number of padding rows.
-    return get_shard_spec(parameter).logical_shape[0]
+def _wanted(parameter: torch.nn.Parameter) -> dict[str, Any]:
+    # A checkpoint of another tensor-parallel size may hold another number of padding rows, and may have divided the
+    # keys and values that this one shares, or shared those that this one divides.
+    spec = get_shard_spec(parameter)
+    return {"rows": spec.logical_shape[0], "is_divided": spec.dim is not None}
 
 
 def _inner_optimizer(engine: TrainEngine) -> torch.optim.Optimizer:

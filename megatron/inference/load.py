@@ -53,8 +53,11 @@ def load_model(
     padded = vocabulary_parameters(spec)
     for name, parameter in list(model.named_parameters()):
         rows = spec.padded_vocab_size if name in padded else None
-        shard = reader.read_shard(name, "weight", groups.tp_rank, groups.tp_size, rows=rows, dtype=dtype)
         shard_spec = get_shard_spec(parameter)
+        shard = reader.read_shard(
+            name, "weight", groups.tp_rank, groups.tp_size,
+            rows=rows, dtype=dtype, is_divided=shard_spec.dim is not None,
+        )  # fmt: skip
         shape = shard_spec.shard_shape(groups.tp_size)
         if shard.numel() != parameter.numel():
             raise CheckpointError(

@@ -31,6 +31,21 @@ class LibraryTokenizer:
         self.vocab_size = max(library.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.fingerprint = hash_parts(library.to_str())
 
+    def take_marks(self, settings: Path) -> None:
+        """Where the vocabulary has no end-of-document piece of the usual name, take the one that the settings of
+        transformers beside it name (Llama's </s>); padding likewise."""
+        if not settings.is_file():
+            return
+        try:
+            values = json.loads(settings.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise DataError(f"{settings} is no JSON ({error}). Mend it, or move it away.") from error
+        for own, key in (("eod_id", "eos_token"), ("pad_id", "pad_token")):
+            piece = values.get(key)
+            piece = piece.get("content") if isinstance(piece, dict) else piece
+            if getattr(self, own) is None and isinstance(piece, str):
+                setattr(self, own, self._library.token_to_id(piece))
+
     def encode(self, text: str) -> list[int]:
         return self._library.encode(text).ids
 
@@ -44,7 +59,9 @@ class LibraryTokenizer:
 def load_json(vocab_file: str | None) -> LibraryTokenizer:
     """`HFTokenizer`: a tokenizer.json. Raises: DataError when it is missing or not one."""
     path = require_file(vocab_file, "vocab_file", "HFTokenizer")
-    return LibraryTokenizer(_read_json(path), [path])
+    tokenizer = LibraryTokenizer(_read_json(path), [path])
+    tokenizer.take_marks(path.with_name("tokenizer_config.json"))
+    return tokenizer
 
 
 def load_gpt2(vocab_file: str | None, merge_file: str | None) -> LibraryTokenizer:

@@ -363,7 +363,8 @@ def _loaders(
 
 
 def _check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
-    if tokenizer.vocab_size != config.tokenizer.vocab_size:
+    # A model may know more ids than its tokenizer uses.
+    if tokenizer.vocab_size > config.tokenizer.vocab_size:
         raise ConfigError(
             f"{config.tokenizer.vocab_file}: the tokenizer knows {tokenizer.vocab_size} ids, the config was resolved "
             f"for {config.tokenizer.vocab_size}. Start again so that the sizes are computed afresh."

@@ -31,7 +31,13 @@ class TokenizerSection(Section):
         128, "The vocabulary is padded to a multiple of this times model_parallel_size.", gt=0
     )
     padded_vocab_size: Int = key(None, "Rows of the embedding. Unset: the tokenizer's vocabulary, padded.", gt=0)
-    vocab_size: Int = key(None, "Ids that the tokenizer knows.", derived="vocab_file", ours=True)
+    vocab_size: Int = key(
+        None,
+        "Ids that the model knows; those beyond the tokenizer's are never in the data, but a model that came with them "
+        "may predict them. Unset: the tokenizer's.",
+        gt=0,
+        ours=True,
+    )
 
 
 class DataSection(Section):

@@ -16,11 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXForCausalLM
 from megatron.checkpoint import Reader
 from megatron.common.errors import CheckpointError
 from megatron.convert import export as export_module
-from megatron.convert import gpt_neox
-from megatron.convert.export import export_gpt_neox
-from megatron.convert.gpt_neox import config_json, spec_from_config
+from megatron.convert.export import config_json, export_checkpoint
+from megatron.convert.families import FAMILIES, family_for
+from megatron.convert.families.neox import GPT_NEOX
 from megatron.convert.hf_folder import HFWeights
 from megatron.convert.import_hf import read_spec, read_weights
+from megatron.convert.recipes import Group
 from megatron.model.spec import ModelSpec
 from megatron.tokenizer.build import make_tokenizer
 from tests.unit.convert.small_models import BASE, save_model, small_model
@@ -48,7 +49,7 @@ def transformers_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def test_logits_equal(tmp_path: Path, changes: dict[str, Any]) -> None:
     model = small_model(**changes)
-    result = export_gpt_neox(save_model(tmp_path, model), tmp_path / "hf", "fp32", eod_id=0)
+    result = export_checkpoint(save_model(tmp_path, model), tmp_path / "hf", "fp32", eod_id=0)
     tokens = torch.randint(61, (3, 40), generator=torch.Generator().manual_seed(3))
     logits = model.logits(model(tokens))
     theirs = transformers_logits(tmp_path / "hf", tokens)
@@ -61,7 +62,7 @@ def test_logits_equal(tmp_path: Path, changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
 def test_half_precision_is_rounded_once(tmp_path: Path, precision: str, dtype: torch.dtype) -> None:
     model = small_model()
-    result = export_gpt_neox(save_model(tmp_path, model), tmp_path / "hf", precision, eod_id=0)
+    result = export_checkpoint(save_model(tmp_path, model), tmp_path / "hf", precision, eod_id=0)
     weights = HFWeights(tmp_path / "hf")
     assert torch.equal(weights.read("embed_out.weight"), model.get_parameter("head.weight")[:61].to(dtype))
     assert 0 < result.check.rounding < 1
@@ -71,7 +72,7 @@ def test_half_precision_is_rounded_once(tmp_path: Path, precision: str, dtype: t
 
 def test_weights_come_back_bitwise_through_several_files(tmp_path: Path) -> None:
     model = small_model()
-    export_gpt_neox(save_model(tmp_path, model), tmp_path / "hf", "fp32", eod_id=0, max_file_bytes=40_000)
+    export_checkpoint(save_model(tmp_path, model), tmp_path / "hf", "fp32", eod_id=0, max_file_bytes=40_000)
     files = list((tmp_path / "hf").glob("model-*.safetensors"))
     assert len(files) > 3
     spec = read_spec(tmp_path / "hf")
@@ -89,17 +90,19 @@ def test_weights_come_back_bitwise_through_several_files(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"norm": "rmsnorm"}, "norm is rmsnorm"),
-        ({"position": "learned", "rotary_dims": 0}, "pos_emb is learned; rotary_pct is 0 of 12"),
-        ({"num_kv_heads": 2}, "num_kv_heads is 2"),
-        ({"activation": "swiglu"}, "activation is swiglu"),
-        ({"mlp_bias": False}, "use_bias_in_mlp is False"),
+        ({"norm": "rmsnorm"}, "norm is rmsnorm, there it would be layernorm"),
+        ({"position": "alibi"}, "position is alibi, there it would be rotary"),
+        ({"num_kv_heads": 2}, "num_kv_heads is 2, there it would be 4"),
+        ({"activation": "swiglu"}, "config.json has hidden_act 'swiglu'"),
+        ({"mlp_bias": False}, "mlp_bias is False"),
+        ({"embedding_scale": 2.0}, "embedding_scale is 2.0"),
+        ({"window": 3}, "window is 3, there it would be None"),
     ],
 )
 def test_another_architecture_is_refused(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
     reader = save_model(tmp_path, small_model(**changes))
-    with pytest.raises(CheckpointError, match=told):
-        export_gpt_neox(reader, tmp_path / "hf", "fp32")
+    with pytest.raises(CheckpointError, match=f"this model is not a GPTNeoXForCausalLM: .*{told}"):
+        export_checkpoint(reader, tmp_path / "hf", "fp32", model_type="gpt_neox")
     assert [path.name for path in tmp_path.iterdir() if "hf" in path.name] == []
 
 
@@ -108,23 +111,34 @@ def test_a_field_that_the_exporter_has_not_heard_of_is_refused() -> None:
     class LaterSpec(ModelSpec):
         sinks: bool = False
 
-    assert gpt_neox.refusals(LaterSpec(**BASE)) == []
-    assert gpt_neox.refusals(LaterSpec(**BASE, sinks=True)) == ["sinks is True"]
-    assert gpt_neox.refusals(LaterSpec(**BASE, qk_norm=True)) == ["qk_norm is True"]
+    assert GPT_NEOX.refusals(LaterSpec(**BASE)) == []
+    assert GPT_NEOX.refusals(LaterSpec(**BASE, sinks=True)) == ["sinks is True, there it would be False"]
+
+
+def test_the_nearest_architecture_is_named_where_none_fits() -> None:
+    with pytest.raises(CheckpointError, match=r"Nearest is GPTNeoXForCausalLM, but: qk_norm is True, there"):
+        family_for(ModelSpec(**BASE, qk_norm=True))
+    with pytest.raises(CheckpointError, match="None of them has activation bilinear"):
+        family_for(ModelSpec(**(BASE | {"activation": "bilinear"})))
+    assert family_for(ModelSpec(**(BASE | {"residual": "parallel_tied"}))) is GPT_NEOX
 
 
 def test_a_wrong_mapping_is_caught_and_its_layer_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reader = save_model(tmp_path, small_model())
 
-    def swapped(spec: ModelSpec) -> dict[str, str]:
-        names = gpt_neox.source_names(spec)
-        first, second = (f"gpt_neox.layers.1.{norm}.bias" for norm in ("input_layernorm", "post_attention_layernorm"))
-        names[first], names[second] = names[second], names[first]
-        return names
+    def swapped(spec: ModelSpec) -> list[Group]:
+        groups = GPT_NEOX.groups(spec)
+        places = {group.ours[0]: place for place, group in enumerate(groups)}
+        names = [f"layers.1.{norm}.bias" for norm in ("input_layernorm", "post_attention_layernorm")]
+        first, second = (places[name] for name in names)
+        groups[first], groups[second] = (
+            dataclasses.replace(groups[first], ours=(names[1],)), dataclasses.replace(groups[second], ours=(names[0],)),
+        )  # fmt: skip
+        return groups
 
-    monkeypatch.setattr(export_module, "source_names", swapped)
+    monkeypatch.setitem(FAMILIES, "gpt_neox", dataclasses.replace(GPT_NEOX, groups=swapped))
     with pytest.raises(CheckpointError, match=r"differ.*the first to differ is layer 1, by"):
-        export_gpt_neox(reader, tmp_path / "hf", "fp32")
+        export_checkpoint(reader, tmp_path / "hf", "fp32")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["global_step5", "latest"]
 
 
@@ -147,7 +161,7 @@ def test_a_wrong_config_is_caught(
 
     monkeypatch.setattr(export_module, "config_json", wrong)
     with pytest.raises(CheckpointError, match=f"the first to differ is {told}"):
-        export_gpt_neox(save_model(tmp_path, small_model()), tmp_path / "hf", "fp32")
+        export_checkpoint(save_model(tmp_path, small_model()), tmp_path / "hf", "fp32")
 
 
 def test_values_beyond_half_precision_are_refused(tmp_path: Path) -> None:
@@ -156,7 +170,7 @@ def test_values_beyond_half_precision_are_refused(tmp_path: Path) -> None:
         model.get_parameter("layers.2.mlp.linear1.weight")[3, 4] = 1e5
     reader = save_model(tmp_path, model)
     with pytest.raises(CheckpointError, match=r"layers\.2\.mlp\.linear1\.weight.*beyond the range of torch\.float16"):
-        export_gpt_neox(reader, tmp_path / "hf", "fp16")
+        export_checkpoint(reader, tmp_path / "hf", "fp16")
     assert not (tmp_path / "hf").exists()
 
 
@@ -165,14 +179,14 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "mine.txt").write_text("mine")
     with pytest.raises(CheckpointError, match="exists and is not empty"):
-        export_gpt_neox(reader, tmp_path / "hf", "fp32")
+        export_checkpoint(reader, tmp_path / "hf", "fp32")
     assert (tmp_path / "hf" / "mine.txt").read_text() == "mine"
 
 
 def test_a_checkpoint_without_an_architecture_is_refused(tmp_path: Path) -> None:
     save_model(tmp_path, small_model(), model_spec={"layers": 3})
     with pytest.raises(CheckpointError, match="states no model that this version knows"):
-        export_gpt_neox(Reader(tmp_path / "global_step5"), tmp_path / "hf", "fp32")
+        export_checkpoint(Reader(tmp_path / "global_step5"), tmp_path / "hf", "fp32")
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +211,7 @@ def test_the_tokenizer_comes_along(tmp_path: Path, tokenizer_json: Path, kind: s
     files = [tokenizer_json] if kind == "HFTokenizer" else [folder / "vocab.json", folder / "merges.txt"]
     tokenizer = make_tokenizer(kind, *map(str, files))
     model = small_model(vocab_size=tokenizer.vocab_size, padded_vocab_size=320)
-    export_gpt_neox(save_model(tmp_path, model), tmp_path / "hf", "fp32", tokenizer=tokenizer)
+    export_checkpoint(save_model(tmp_path, model), tmp_path / "hf", "fp32", tokenizer=tokenizer)
     theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
     text = "def mein() ->  int:\n\treturn 漢 0<|endoftext|>"
     ids = tokenizer.encode(text)
@@ -216,30 +230,28 @@ def test_a_tokenizer_that_transformers_reads_otherwise_is_refused(tmp_path: Path
     model = small_model(vocab_size=tokenizer.vocab_size, padded_vocab_size=320)
     tokenizer.encode = lambda text: [5]  # type: ignore[method-assign]
     with pytest.raises(CheckpointError, match=r"transformers encodes 'def.*this tokenizer as \[5\]"):
-        export_gpt_neox(save_model(tmp_path, model), tmp_path / "hf", "fp32", tokenizer=tokenizer)
+        export_checkpoint(save_model(tmp_path, model), tmp_path / "hf", "fp32", tokenizer=tokenizer)
     assert not (tmp_path / "hf").exists()
 
 
 def test_a_tokenizer_without_such_files_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"CharLevelTokenizer made of no file .*no_save_tokenizer"):
-        export_gpt_neox(
+        export_checkpoint(
             save_model(tmp_path, small_model()), tmp_path / "hf", "fp32", tokenizer=make_tokenizer("CharLevelTokenizer")
         )
 
 
 def test_old_and_new_config_files_are_understood() -> None:
-    spec = ModelSpec(**BASE)
-    config = config_json(spec, dtype="float32", eod_id=0, pad_id=None)
+    config = config_json(GPT_NEOX, ModelSpec(**BASE), dtype=torch.float32, ids={"eos_token_id": 0})
     old = {key: value for key, value in config.items() if key != "rope_parameters"}
     new = {key: value for key, value in config.items() if not key.startswith("rotary")}
     for version in (config, old, new):
-        read = spec_from_config(version)
+        read = GPT_NEOX.read(version)
         assert (read.rotary_dims, read.rotary_base) == (4, 1000.0)
-    assert spec_from_config(config | {"hidden_act": "gelu_fast"}).activation == "gelu_tanh"
+    assert GPT_NEOX.read(config | {"hidden_act": "gelu_fast"}).activation == "gelu_tanh"
     for change, told in (
-        ({"model_type": "llama"}, "model_type 'llama'"),
-        ({"hidden_act": "mish"}, "hidden_act 'mish'"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "'yarn'"),
+        ({"hidden_act": "softsign"}, "hidden_act 'softsign'"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "'longrope'"),
     ):
         with pytest.raises(CheckpointError, match=told):
-            spec_from_config(config | change)
+            GPT_NEOX.read(config | change)

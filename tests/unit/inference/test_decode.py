@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import GPTNeoXForCausalLM
 
-from megatron.convert.export import export_gpt_neox
+from megatron.convert.export import export_checkpoint
 from megatron.inference.decode import DecodeSettings, PromptTooLongError, decode
 from megatron.inference.load import load_model
 from megatron.inference.sampling import Sampling
@@ -62,7 +62,7 @@ def test_uneven_prompts_together_equal_each_alone(changes: dict[str, Any], use_c
 
 def test_greedy_equals_transformers_token_for_token(tmp_path: Path) -> None:
     model = small_model()
-    export_gpt_neox(save_model(tmp_path, model), tmp_path / "hf", "fp32", eod_id=0, pad_id=1)
+    export_checkpoint(save_model(tmp_path, model), tmp_path / "hf", "fp32", eod_id=0, pad_id=1)
     theirs = GPTNeoXForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
     settings = DecodeSettings(max_new_tokens=25, eod_id=0)
     for prompt, completion in zip(PROMPTS, decode(model, PROMPTS, settings), strict=True):
