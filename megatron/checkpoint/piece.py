@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from megatron.common.errors import CheckpointError
+from megatron.common.heartbeat import beat
 from megatron.parallel.sharding import ShardSpec
 
 DTYPE_NAMES = {
@@ -140,6 +141,7 @@ def encode(
         for begin in range(0, len(data), _CHUNK_BYTES):
             chunk = data[begin : begin + _CHUNK_BYTES]
             entry["crc32"] = zlib.crc32(chunk, entry["crc32"])
+            beat()
             yield chunk
 
 

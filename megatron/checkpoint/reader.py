@@ -22,6 +22,7 @@ from megatron.checkpoint.layout import blocks, copy_overlap, fold
 from megatron.checkpoint.location import ByteSource, Location, file_sizes, location
 from megatron.checkpoint.piece import DTYPES, checksum
 from megatron.common.errors import CheckpointError
+from megatron.common.heartbeat import beat
 from megatron.parallel.sharding import ShardSpec
 
 # Verified in portions, so that a large tensor on object storage need not fit into memory.
@@ -115,6 +116,7 @@ class Reader:
         wanted = blocks(spec, tp_rank, tp_size, start, stop)
         itemsize = DTYPES[entry["dtype"]].itemsize
         for file, source_rank, piece_start, piece_stop, offset, _ in entry["pieces"]:
+            beat()
             held = blocks(stored, source_rank, entry["tp_size"], piece_start, piece_stop)
             pairs = [(block, other) for block in wanted for other in held if block.meets(other)]
             if not pairs:
@@ -170,6 +172,7 @@ class Reader:
     def _compare_range(self, file: int, offset: int, size: int, crc32: int, what: str) -> None:
         value = 0
         for begin in range(offset, offset + size, _PORTION_BYTES):
+            beat()
             portion = self._bytes(file, begin, min(_PORTION_BYTES, offset + size - begin))
             value = checksum(portion.numpy().data, value)
         if value != crc32:

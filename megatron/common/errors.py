@@ -10,8 +10,11 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
+
+from megatron.common import heartbeat
 
 
 class MegatronError(Exception):
@@ -87,6 +90,7 @@ def run_main(main: Callable[[], int | None]) -> None:
     try:
         code = main() or 0
     except MegatronError as error:
+        _leave_to_watchdog()
         is_debugging = "--debug" in sys.argv or os.environ.get("MEGATRON_DEBUG") == "1"
         _report((traceback.format_exc() if is_debugging else "") + f"error: {error}")
         code = error.exit_code
@@ -100,9 +104,16 @@ def run_main(main: Callable[[], int | None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
     except Exception:
+        _leave_to_watchdog()
         _report(traceback.format_exc().rstrip("\n"))
         code = 1
     sys.exit(code)
+
+
+def _leave_to_watchdog() -> None:
+    if heartbeat.ending.is_set():
+        # It ends the process within seconds, and has said why.
+        time.sleep(60.0)
 
 
 def _report(text: str) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron.common.heartbeat import beat
 from megatron.common.errors import DataError
 from megatron.common.files import atomic_write
 
@@ -48,8 +49,10 @@ def cached_arrays(
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with _lock(files[0].with_suffix(".lock")):
+                beat()
                 if not all(file.is_file() for file in files):
                     _write_all(files, build())
+                beat()
             return _map_all(files)
         except OSError as error:
             if folder != folders[-1]:

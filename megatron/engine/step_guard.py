@@ -20,6 +20,8 @@ from deepspeed.runtime import bf16_optimizer
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.utils import combine_grad_norm_groups
 
+from megatron.common.heartbeat import reach
+
 # (loss, gradient norm before clipping) -> whether the optimizer may make this step. Called with finite numbers only.
 Judge = Callable[[float, float], bool]
 
@@ -164,6 +166,7 @@ class StepGuard:
 
     def _decide(self, norm: float) -> Verdict:
         """Collective over all ranks: one sum of four numbers, and one wait for the device."""
+        reach("the optimizer's step")
         shares = torch.zeros(4, dtype=torch.float64, device=self._device)
         if self._holds_loss:
             loss = self._local_loss().to(torch.float64)

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 
+from megatron.common.heartbeat import beat
 from megatron.data.loader import Batch
 from megatron.engine.modules import (
     LossModule,
@@ -178,6 +179,7 @@ class TrainEngine:
             return
         self._losses = []
         for inputs in micro_batches:
+            beat()
             loss = self.deepspeed(*inputs)
             self.deepspeed.backward(loss)
             # DeepSpeed's own step comes with the last of them, and it asks the guard for the losses.
@@ -233,8 +235,14 @@ class TrainEngine:
         assert isinstance(self.module, StagedModule)
         self.module.targets.clear()
         self.module.targets.extend(inputs[1:] for inputs in micro_batches)
-        # DeepSpeed wants (inputs, labels); the second is read by nobody.
-        return iter([(tokens, denominator) for tokens, _, _, denominator in micro_batches])
+        return self._tokens(micro_batches)
+
+    @staticmethod
+    def _tokens(micro_batches: list[tuple[torch.Tensor, ...]]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for tokens, _, _, denominator in micro_batches:
+            beat()
+            # DeepSpeed wants (inputs, labels); the second is read by nobody.
+            yield tokens, denominator
 
     def _mean(self, losses: list[torch.Tensor]) -> torch.Tensor:
         mean = torch.stack(losses).mean()

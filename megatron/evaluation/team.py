@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.common.errors import MegatronError
+from megatron.common.heartbeat import beat
 from megatron.parallel.process_groups import ProcessGroups
 
 # Chunks that a replica gets at a time: enough to hide the exchange, few enough for a live progress display.
@@ -83,14 +84,18 @@ class Team:
                 return
             self._compute(message)
 
+    def _do(self, kind: str, chunk: list[Any]) -> Any:
+        beat()
+        return self._work[kind](chunk)
+
     def _compute(self, wave: _Wave) -> list[Any]:
         groups = self.groups
         mine = wave.chunks[groups.dp_rank :: groups.dp_size]
         if self._is_alone:
-            return [self._work[wave.kind](chunk) for chunk in mine]
+            return [self._do(wave.kind, chunk) for chunk in mine]
         problem, results = None, []
         try:
-            results = [self._work[wave.kind](chunk) for chunk in mine]
+            results = [self._do(wave.kind, chunk) for chunk in mine]
         except Exception as error:
             problem = f"rank {groups.global_rank}: {type(error).__name__}: {error}"
         outcome = (problem, groups.dp_rank, results if groups.tp_rank == 0 else None)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from megatron.common.errors import Stopped
+from megatron.common.heartbeat import reach
 from megatron.data.loader import Batch, BatchLoader
 from megatron.engine.replicas import ReplicaCheck
 from megatron.engine.statistics import Statistics
@@ -25,6 +26,7 @@ from megatron.training.profiling import StepProfiler
 from megatron.training.reliability.anomaly import AnomalyPolicy, Decision
 from megatron.training.reliability.recovery import Recovery
 from megatron.training.reliability.signals import StopRequest
+from megatron.training.reliability.watchdog import Watchdog
 from megatron.training.reporting import Reporter
 from megatron.training.saver import Saver
 from megatron.training.saving import Position
@@ -55,12 +57,15 @@ class Run:
     stop: StopRequest = field(default_factory=StopRequest)
     saved_step: int = 0
     anomalies: AnomalyPolicy = field(default_factory=AnomalyPolicy)
+    watchdog: Watchdog | None = None
     # When elapsed time was last added to the position.
     clock_s: float = field(default_factory=time.perf_counter)
 
     def close(self) -> None:
         """Wait for a save in the background, stop reading ahead, and let go of display and logs."""
         self.saver.close()
+        if self.watchdog is not None:
+            self.watchdog.stop()
         for loader in (self.train, self.valid, self.test):
             if loader is not None:
                 loader.close()
@@ -119,6 +124,7 @@ def evaluate(run: Run, loader: BatchLoader) -> float | None:
     for index in range(run.plan.eval_iters):
         if losses and run.stop.agreed():
             return None
+        reach(f"a validation after step {run.position.step}, batch {index}")
         batches = loader.step_batches(index * run.plan.global_batch_size)
         losses.append(run.engine.evaluate(batches))
         if run.characters is not None:
@@ -140,7 +146,9 @@ def _train_one(run: Run) -> bool:
     started, started_cpu = time.perf_counter(), time.process_time()
     position = run.position
     learning_rate = run.schedule.lr_at(position.step)
+    reach(f"step {position.step + 1}, reading its data")
     batches = run.train.step_batches(position.consumed_samples)
+    reach(f"step {position.step + 1}, forward and backward")
     states = run.engine.stream.capture()
     with contextlib.ExitStack() as around:
         for watcher in (run.profiler, run.replicas):
@@ -203,6 +211,7 @@ def _recover(
         loaded = recovery.roll_back(run.position)
         if loaded is not None:
             run.position.step, run.position.consumed_samples = loaded.step, loaded.consumed_samples
+            run.position.consumed_tokens = loaded.consumed_samples * run.plan.seq_length
             run.position.anomalies, run.position.validation_due = run.anomalies.state(), False
             # The checkpoint of that step does not know where the data goes on.
             run.saved_step = -1
@@ -226,6 +235,7 @@ def _validate(run: Run) -> None:
         ratio = run.characters.tokens_per_character() if run.characters is not None else None
         run.reporter.evaluated(name, run.position, loss, ratio)
     if run.score is not None:
+        reach(f"eval_tasks after step {run.position.step}")
         try:
             scores = run.score()
         except Stopped:
@@ -235,5 +245,7 @@ def _validate(run: Run) -> None:
 
 
 def _save(run: Run) -> None:
+    reach(f"saving step {run.position.step}")
     run.saver.save(run.position)
+    reach(f"the save of step {run.position.step} done")
     run.saved_step = run.position.step

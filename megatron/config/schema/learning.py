@@ -101,6 +101,14 @@ class TrainingSection(Section):
         ge=0,
         ours=True,
     )
+    watchdog_timeout_s: Float = key(
+        1200.0,
+        "When no rank has made progress for so long, every rank shows its stacks, the missing one is named, and all "
+        "end with exit code 7; 0 is off. A single micro-batch, read or write must not take as long.",
+        unit="s",
+        ge=0,
+        ours=True,
+    )
     anomaly_skips_in_a_row: Int = key(
         10,
         "A step whose loss or gradient norm is not finite (or leaps, see anomaly_loss_factor) is skipped: its data "
