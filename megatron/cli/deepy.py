@@ -23,6 +23,7 @@ from megatron.launch.arguments import Parser, add_flags, overrides_of
 from megatron.launch.commands import needs_other_hosts, rank_commands
 from megatron.launch.several_hosts import describe_job, run_job
 from megatron.launch.spawn import run_ranks
+from megatron.launch.submit import add_submit_flags, own_command, request_of, submit, submit_overrides
 
 INFERENCE_SCRIPTS = ("generate", "evaluate", "eval")
 
@@ -49,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--doctor", action="store_true", help="look at this machine: what it has, lacks, and how to mend it"
     )
     parser.add_argument("--autotuning", choices=("tune", "run"), help="not supported yet")
+    add_submit_flags(parser)
     add_flags(parser)
     options = parser.parse_args(argv)
     if options.autotuning:
@@ -58,11 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     _require_script(options.user_script)
     purpose = Path(options.user_script).stem
     inference = purpose in INFERENCE_SCRIPTS
-    overrides = overrides_of(options)
+    overrides = {**submit_overrides(options), **overrides_of(options)}
     if options.gpus is not None:
         overrides.setdefault("device", "cuda")
     starter = starter_of(os.environ)
-    if starter != "alone" and not (options.plan or options.dry_run):
+    if starter != "alone" and not (options.plan or options.dry_run or options.submit):
         # Already one of the processes of srun, mpirun or torchrun: become that rank.
         os.execv(
             sys.executable, [sys.executable, "-u", options.user_script, *_without_script(argv, options.user_script)]
@@ -80,11 +82,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     for warning in config.warnings:
         print(f"note: {warning}", file=sys.stderr)
-    if options.dry_run:
+    if options.dry_run and not options.submit:
         return _dry_run(config, options.user_script, options.write_config)
     if purpose == "train":
         config.require_training()
     require_inputs(config, data=not inference)
+    if options.submit:
+        request = request_of(options, config)
+        print(submit(config, options.user_script, request, own_command(argv), dry_run=options.dry_run))
+        return 0
     return start(config, options.user_script)
 
 

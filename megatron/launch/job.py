@@ -43,7 +43,8 @@ class Job:
     folder: where this file and the resolved configuration are. hosts: in the order of their ranks; under Slurm their
     names are empty, since the allocation tells. master_addr: where rank 0 runs; empty under Slurm, likewise.
     ports: where the first host's launcher may listen for the others; token: what they show each other.
-    environment: variables that the launcher of each host sets.
+    environment: variables that the launcher of each host sets. is_batch: whether a batch script starts it, which may
+    do so again.
     names_devices: whether processes are limited to the slots' devices; else those of the host are counted from 0.
     """
 
@@ -58,15 +59,18 @@ class Job:
     names_devices: bool = False
     ports: tuple[int, ...] = ()
     token: str = ""
+    is_batch: bool = False
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def world_size(self) -> int:
         return sum(len(host.slots) for host in self.hosts)
 
-    def commands(self, port: int | str, address: str | None = None) -> list[RankCommand]:
+    def commands(
+        self, port: int | str, address: str | None = None, config_file: str = CONFIG_FILE
+    ) -> list[RankCommand]:
         """Every rank's command. port: of the rendezvous on the first host."""
-        arguments = [sys.executable, "-u", self.script, "--config", str(Path(self.folder) / CONFIG_FILE)]
+        arguments = [sys.executable, "-u", self.script, "--config", str(Path(self.folder) / config_file)]
         shared = {"WORLD_SIZE": str(self.world_size), "MASTER_ADDR": address or self.master_addr}
         shared["MASTER_PORT"] = str(port)
         if self.device == "cpu":

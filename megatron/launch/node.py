@@ -21,9 +21,12 @@ from types import FrameType
 
 from megatron.common.errors import LaunchError
 from megatron.common.rank import first_host
+from megatron.config import Config
 from megatron.launch.commands import RankCommand
-from megatron.launch.job import JOB_FILE, OUTCOME_FILE, Job, gpus_here, require_resolvable
+from megatron.launch.environment import read_env_file
+from megatron.launch.job import CONFIG_FILE, JOB_FILE, OUTCOME_FILE, Job, gpus_here, require_resolvable
 from megatron.launch.spawn import FORWARDED, read_output, run_ranks, start_process
+from megatron.launch.submit import continued
 from megatron.launch.team import START_S, Team
 from megatron.launch.wire import Channel, Message, connect
 
@@ -42,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     """
     job = Job.read(argv[0])
     os.chdir(job.directory)
-    os.environ.update(job.environment)
+    os.environ.update(job.environment or read_env_file(os.environ))
     node = int(argv[1]) if len(argv) > 1 else node_index(os.environ, job.launcher)
     for name in [name for name in os.environ if name.startswith(_MPI_VARIABLES)]:
         del os.environ[name]
@@ -55,9 +58,11 @@ def main(argv: Sequence[str]) -> int:
     require_resolvable(address, "master_addr")
     if node == 0:
         code = _lead(job, address)
-        outcome = Path(job.folder) / OUTCOME_FILE
-        outcome.with_suffix(".new").write_text(f"{code}\n", encoding="utf-8")
-        outcome.with_suffix(".new").rename(outcome)
+        # A batch script may have been submitted more than once.
+        number = f"-{os.environ['SLURM_JOB_ID']}" if job.is_batch else ""
+        outcome = Path(job.folder) / f"{OUTCOME_FILE}{number}"
+        outcome.with_name(f".{outcome.name}").write_text(f"{code}\n", encoding="utf-8")
+        outcome.with_name(f".{outcome.name}").rename(outcome)
         return 0
     _follow(job, node, address)
     return 0
@@ -111,9 +116,19 @@ def _lead(job: Job, address: str) -> int:
         port = job.master_port or _free_port()
         if job.master_port is not None:
             _require_free(port)
-        return run_ranks(job.commands(port, address), team.start)
+        return run_ranks(job.commands(port, address, _config_file(job)), team.start)
     finally:
         team.disperse()
+
+
+def _config_file(job: Job) -> str:
+    """The configuration as it was submitted; when Slurm has started the job again, that which goes on."""
+    if not job.is_batch or int(os.environ.get("SLURM_RESTART_COUNT") or 0) == 0:
+        return CONFIG_FILE
+    submitted = Path(job.folder) / CONFIG_FILE
+    name = f"continued-{os.environ['SLURM_JOB_ID']}.json"
+    continued(Config.read(submitted), submitted.stat().st_mtime).write(submitted.with_name(name))
+    return name
 
 
 def _free_port() -> int:

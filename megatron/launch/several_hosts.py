@@ -52,9 +52,10 @@ _NO_FOLDER, _NO_FILE, _NO_PYTHON = 81, 82, 83
 
 
 def job_environment(config: Config, environment: Mapping[str, str]) -> dict[str, str]:
-    """What each host's launcher sets. srun carries the environment by itself; it lacks only what the file adds."""
-    added = read_env_file(environment)
-    return added if config.launcher.launcher == "slurm" else {**exported(environment), **added}
+    """What each host's launcher sets. srun carries the environment itself, and .deepspeed_env is read there."""
+    if config.launcher.launcher == "slurm":
+        return {}
+    return {**exported(environment), **read_env_file(environment)}
 
 
 def run_job(config: Config, script: str) -> int:
