@@ -10,7 +10,8 @@ import json
 import math
 import sys
 import zlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,11 @@ class Reader:
         """Logical shape and sharded dimension of a tensor."""
         tensor = self._tensor(name)
         return ShardSpec(tuple(tensor["shape"]), tensor["dim"])
+
+    def used_rows(self, name: str) -> int | None:
+        """Of a padded tensor, the leading rows that mean something; None where all do."""
+        rows: int | None = self._tensor(name).get("used_rows")
+        return rows
 
     def dtype(self, name: str, kind: str = "weight") -> torch.dtype:
         """The type in which a tensor is stored."""
@@ -128,6 +134,16 @@ class Reader:
                 copy_overlap(target, block, typed, other)
         return target
 
+    @property
+    def num_bytes(self) -> int:
+        """Size of its tensor files."""
+        return sum(file["bytes"] for file in self._manifest["files"])
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of the run that wrote it."""
+        return len(self._manifest["files"])
+
     def rank_tensors(self, rank: int) -> dict[str, torch.Tensor]:
         """The small tensors that a rank of the writing run saved for itself; empty if there was no such rank."""
         all_ranks = self._manifest["rank_tensors"]
@@ -146,9 +162,21 @@ class Reader:
         kinds: only pieces of these kinds; None is everything in the folder.
         Raises: CheckpointError naming the damaged file and the tensor in it.
         """
-        for number, (file, entry) in enumerate(enumerate(self._manifest["files"])):
-            if number % parts == part:
-                self._compare_range(file, 0, entry["header_bytes"], entry["header_crc32"], "its header")
+        for check in self._checks(kinds, part, parts):
+            check()
+
+    def damages(self) -> Iterator[str]:
+        """As `verify`, but goes on behind a damage: a sentence for every damaged tensor and file."""
+        for check in self._checks(None, 0, 1):
+            try:
+                check()
+            except CheckpointError as error:
+                yield str(error)
+
+    def _checks(self, kinds: Collection[str] | None, part: int, parts: int) -> Iterator[Callable[[], object]]:
+        for file, entry in enumerate(self._manifest["files"]):
+            if file % parts == part:
+                yield partial(self._compare_range, file, 0, entry["header_bytes"], entry["header_crc32"], "its header")
         work = [
             (file, offset, (stop - start) * DTYPES[kind["dtype"]].itemsize, crc32, f"tensor {name} ({kind_name})")
             for name, tensor in self._manifest["tensors"].items()
@@ -157,17 +185,20 @@ class Reader:
             for file, _, start, stop, offset, crc32 in kind["pieces"]
         ]
         for file, offset, size, crc32, what in work[part::parts]:
-            self._compare_range(file, offset, size, crc32, what)
+            yield partial(self._compare_range, file, offset, size, crc32, what)
         for rank in range(part, len(self._manifest["rank_tensors"]), parts):
-            self.rank_tensors(rank)
+            yield partial(self.rank_tensors, rank)
         for name, crc32 in self._manifest["configs"].items() if part == 0 else ():
-            path = self.folder / manifests.configs_folder(self._manifest) / name
-            try:
-                data = path.read_bytes()
-            except OSError as error:
-                raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-            if zlib.crc32(data) != crc32:
-                raise CheckpointError(f"{path} is damaged: its checksum does not fit its content")
+            yield partial(self._compare_config, name, crc32)
+
+    def _compare_config(self, name: str, crc32: int) -> None:
+        path = self.folder / manifests.configs_folder(self._manifest) / name
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        if zlib.crc32(data) != crc32:
+            raise CheckpointError(f"{path} is damaged: its checksum does not fit its content")
 
     def _compare_range(self, file: int, offset: int, size: int, crc32: int, what: str) -> None:
         value = 0
