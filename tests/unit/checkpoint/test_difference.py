@@ -24,9 +24,7 @@ def write(root: Path, tensors: dict[tuple[str, str], torch.Tensor], tp_size: int
 
 
 @pytest.mark.parametrize("portion", [1 << 22, 7, 1])
-def test_layouts_do_not_matter_and_one_bit_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, portion: int
-) -> None:
+def test_layouts_do_not_matter_and_one_bit_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, portion: int) -> None:
     monkeypatch.setattr(difference, "PORTION", portion)
     tensors = random_tensors(3)
     one = Reader(write(tmp_path / "one", tensors, 1, 1))
@@ -83,9 +81,13 @@ def test_shapes_kinds_and_padding(tmp_path: Path) -> None:
     # What pads the vocabulary is the layout's business.
     assert all(finding.is_identical for finding in compare_tensors(one("a", 6), one("b", 8)))
     findings = list(compare_tensors(one("c", 6), one("d", 6, exp_avg=torch.zeros(5, 2))))
-    assert [str(finding) for finding in findings] == ["table (weight): identical", "table (exp_avg): only in the second"]
+    assert [str(finding) for finding in findings] == [
+        "table (weight): identical",
+        "table (exp_avg): only in the second",
+    ]
     save(tmp_path / "e", 1, [Piece.whole("table", "weight", ShardSpec((7, 2), 0), torch.zeros(7, 2))], {})
-    assert "shape [6, 2] and [7, 2]" in str(next(compare_tensors(one("f", 6), Reader(tmp_path / "e" / "global_step1"))))
+    larger = Reader(tmp_path / "e" / "global_step1")
+    assert "shape [6, 2] and [7, 2]" in str(next(compare_tensors(one("f", 6), larger)))
 
 
 def test_differences_of_the_state_are_given_by_path() -> None:
@@ -130,7 +132,9 @@ def test_one_is_shown_with_its_tensors_and_asked_for_values(root: Path, capsys: 
     assert (asked["state/by"], asked["step"]) == (0, 2)
     expected = random_tensors(2)["dense.weight", "exp_avg"]
     assert asked["dense.weight (exp_avg)"]["mean"] == pytest.approx(float(expected.mean()), rel=1e-5)
-    assert set(asked) == {f"dense.{n} ({k})" for n in ("weight", "bias") for k in ("weight", "exp_avg", "exp_avg_sq")} | {
+    assert set(asked) == {
+        f"dense.{n} ({k})" for n in ("weight", "bias") for k in ("weight", "exp_avg", "exp_avg_sq")
+    } | {
         "state/by",
         "step",
     }
