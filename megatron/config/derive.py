@@ -9,46 +9,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from megatron.config.draft import Draft, SkipRule, did_you_mean
+from megatron.config.draft import Draft
 from megatron.config.layout import round_up
-from megatron.config.messages import plain_message
 from megatron.config.schema import GATED_ACTIVATIONS
-from megatron.config.schema.base import Block, Float, key
 from megatron.config.schema.execution import Bf16Block, Fp16Block
 from megatron.config.schema.learning import decay_steps
+from megatron.config.update_rule import derive_optimizer
 from megatron.config.vocabulary import Vocabulary, vocabulary_of
-
-
-class UpdateParams(Block):
-    """What `optimizer.params` may hold for every optimizer."""
-
-    lr: Float = key(0.001, "Peak learning rate.", gt=0)
-    weight_decay: Float | None = key(None, "The same as the key weight_decay.", ge=0)
-    max_grad_norm: Float | None = key(None, "Ignored upstream; gradient_clipping is the key.")
-
-
-class AdamParams(UpdateParams):
-    """Adam's further parameters."""
-
-    betas: tuple[Float, Float] = key((0.9, 0.999), "Decay rates.")
-    eps: Float = key(1e-8, "Added to the denominator.", ge=0)
-
-
-class LionParams(UpdateParams):
-    """Lion's further parameters."""
-
-    betas: tuple[Float, Float] = key((0.9, 0.99), "Decay rates.")
-
-
-class SgdParams(UpdateParams):
-    """SGD's further parameters."""
-
-    momentum: Float = key(0.0, "Decay rate of the accumulated gradient.", ge=0, lt=1)
-
-
-OPTIMIZER_PARAMS: dict[str, type[UpdateParams]] = {"adam": AdamParams, "lion": LionParams, "sgd": SgdParams}
 
 
 def derive_precision(draft: Draft) -> None:
@@ -255,53 +222,6 @@ def derive_vocabulary(draft: Draft) -> None:
             "padded_vocab_size",
             f"padded_vocab_size = {rows} is below {whose} {size} ids. Use at least {size}, or remove the key.",
         )
-
-
-def derive_optimizer(draft: Draft) -> None:
-    """Typed numbers of the update rule out of the `optimizer` block."""
-    block = draft["optimizer"]
-    if block is None:
-        return
-    draft.derive("optimizer_type", block.type, "optimizer.type")
-    kind = OPTIMIZER_PARAMS.get(block.type)
-    if kind is None:
-        return
-    try:
-        params = kind.model_validate(block.params)
-    except ValidationError as error:
-        for item in error.errors():
-            dotted = ".".join(("optimizer.params", *(str(part) for part in item["loc"])))
-            name = str(item["loc"][0])
-            if item["type"] == "extra_forbidden":
-                known = [field for field in kind.model_fields if field != "max_grad_norm"]
-                text = f"is no parameter of {block.type}.{did_you_mean(name, known)} Known: {', '.join(known)}."
-                draft.problem(dotted, f"{dotted} {text}")
-            else:
-                draft.problem(dotted, plain_message(dotted, item, kind))
-        raise SkipRule from error
-    for name in ("lr", "betas", "eps", "momentum"):
-        if name in kind.model_fields:
-            draft.derive(
-                name,
-                getattr(params, name),
-                f"optimizer.params.{name}" if name in block.params else "the optimizer's default",
-            )
-    if params.max_grad_norm is not None:
-        draft.warn(
-            "optimizer.params.max_grad_norm",
-            "max_grad_norm has no effect, upstream ignores it too; gradient_clipping is the key",
-        )
-    if params.weight_decay is not None:
-        if draft.is_given("weight_decay") and draft["weight_decay"] != params.weight_decay:
-            draft.fail(
-                "optimizer.params.weight_decay",
-                f"optimizer.params.weight_decay = {params.weight_decay} contradicts weight_decay = "
-                f"{draft['weight_decay']} "
-                f"({draft.place('weight_decay')}). Keep one of the two.",
-            )
-        draft.derive("weight_decay", params.weight_decay, "optimizer.params.weight_decay")
-    if "lr" not in block.params:
-        draft.warn("optimizer", "optimizer.params.lr is not set; 0.001 is used")
 
 
 def derive_schedule(draft: Draft) -> None:

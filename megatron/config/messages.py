@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from megatron.config.draft import did_you_mean
 from megatron.config.schema.base import choices_of
-from megatron.config.value_hints import value_hint
+from megatron.config.value_hints import OTHER_OPTIMIZERS, value_hint
 
 _KINDS = {
     "int": "a whole number",
@@ -44,6 +44,9 @@ def plain_message(dotted: str, item: Mapping[str, Any], section: type[BaseModel]
     given = f"{dotted} = {show(item.get('input'))}"
     if kind == "literal_error":
         choices = choices_of(section, dotted) or tuple(str(context.get("expected", "")).replace("'", "").split(", "))
+        reason = OTHER_OPTIMIZERS.get(str(item.get("input")).lower()) if dotted == "optimizer.type" else None
+        if reason is not None:
+            return f"{given}: {reason}."
         return f"{given} is not one of {', '.join(choices)}.{did_you_mean(str(item.get('input')), choices)}"
     for prefix, word in _BOUNDS.items():
         if kind == prefix:

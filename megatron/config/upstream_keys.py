@@ -102,6 +102,11 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "data_efficiency": ((None,), "the order of samples follows from seed alone. Sort or weight the data beforehand"),
     "autotuning": ((None,), "runs are not restarted to be tuned. `./deepy.py --plan` says what fits and ranks layouts"),
     "autotuning_run": ((None,), "runs are not restarted to be tuned. `./deepy.py --plan` says what fits"),
+    "use_bnb_optimizer": (
+        (False,),
+        "8-bit optimizer states do not fit checkpoints that load at any layout. For less memory divide the states over "
+        "replicas (zero_optimization.stage: 1), put them into the host's memory (offload_optimizer), or use Lion",
+    ),
     "serve_model_weights": (
         (False,),
         "weights are not served to other processes. Export a checkpoint with tools/ckpts/convert_neox_to_hf.py",
@@ -122,7 +127,6 @@ _MUP = "muP"
 
 NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
     # key: (neutral values, what the key belongs to)
-    **dict.fromkeys(("use_bnb_optimizer",), ((False,), "this option")),
     **dict.fromkeys(
         ("mamba_selective_scan_fusion", "mamba_causal_conv_fusion", "mamba_inner_func_fusion"), ((False,), _MAMBA)
     ),
@@ -164,7 +168,6 @@ NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
 NOT_YET_VALUES: dict[str, tuple[tuple[Any, ...], str]] = {
     # key of the schema: (values that work, what to do meanwhile)
     "dataset_impl": (("gpt2",), "Use gpt2."),
-    "optimizer_type": (("adam", "sgd", "lion"), "Use Adam, SGD or Lion."),
 }
 
 SET_BY_PROGRAM: dict[str, str] = {

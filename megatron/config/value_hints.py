@@ -13,6 +13,28 @@ _SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
 _SUFFIXED = re.compile(r"([0-9.]+)\s*([kmbgt])$", re.IGNORECASE)
 _FORMULA = re.compile(r"[0-9.]+\s*(\*\*?|/|\+|-)\s*[0-9.]+$")
 
+_ADAM = "Use Adam, or Lion where memory is short"
+_ONE_BIT = "compressed communication is gone from DeepSpeed. Use Adam: the update that it approximates"
+_EIGHT_BIT = "8-bit states do not fit checkpoints that load at any layout. Use Adam with ZeRO, or Lion"
+
+# Optimizers that users know from upstream and elsewhere, and why they are not here.
+OTHER_OPTIMIZERS = {
+    "onebitadam": _ONE_BIT,
+    "zerooneadam": _ONE_BIT,
+    "onebitlamb": _ONE_BIT,
+    "sm3": f"it needs whole matrices, and ZeRO updates flat parts of them, where it would be Adagrad. {_ADAM}",
+    "adafactor": f"it needs whole matrices, and ZeRO updates flat parts of them. {_ADAM}",
+    "muon": f"it needs whole matrices, and ZeRO updates flat parts of them. {_ADAM}",
+    "lamb": f"it needs whole matrices' norms, and ZeRO updates flat parts of them. {_ADAM}",
+    "adam8bit": _EIGHT_BIT,
+    "adamw8bit": _EIGHT_BIT,
+    "fusedadam": "Adam runs on the fastest kernel at hand by itself. Use Adam",
+    "muadam": "muP is not supported yet. Use Adam",
+    "musgd": "muP is not supported yet. Use SGD",
+    "madgrad": "with decoupled weight decay it is called madgrad_wd. Use that",
+    "adagrad": f"it is not supported. {_ADAM}",
+}
+
 _OF_KEY = {
     "warmup": "It is a part of lr_decay_iters, not a number of steps.",
     "attention_config": 'Write [[["flash"], "all"]].',

@@ -13,8 +13,9 @@ import torch
 
 from megatron.common.errors import ConfigError
 from megatron.optim.lion import Lion
+from megatron.optim.madgrad import Madgrad
 
-SUPPORTED = ("adam", "adamw", "sgd", "lion")
+SUPPORTED = ("adam", "adamw", "sgd", "lion", "madgrad_wd")
 
 
 def build_optimizer(
@@ -30,7 +31,8 @@ def build_optimizer(
 
     adam, adamw: AdamW, decoupled weight decay (Loshchilov & Hutter 2017, arXiv 1711.05101, algorithm 2), fused where
     torch has a fused kernel for the device. Source: upstream's `Adam` decouples too, as its fused Adam does.
-    sgd: plain or with momentum; its weight decay is the L2 term of torch.optim.SGD. lion: megatron.optim.lion.
+    sgd: plain or with momentum; its weight decay is the L2 term of torch.optim.SGD. lion:
+    megatron.optim.lion. madgrad_wd: megatron.optim.madgrad.
     Raises: ConfigError for any other type.
     """
     name = type.lower()
@@ -41,6 +43,8 @@ def build_optimizer(
         return torch.optim.SGD(parameters, lr=lr, momentum=momentum)
     if name == "lion":
         return Lion(parameters, lr=lr, betas=betas)
+    if name == "madgrad_wd":
+        return Madgrad(parameters, lr=lr, momentum=momentum, eps=eps)
     raise ConfigError(f"optimizer type {type!r} is not supported. Use one of: {', '.join(SUPPORTED)}.")
 
 

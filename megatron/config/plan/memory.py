@@ -13,7 +13,7 @@ from megatron.config.resolved import Config
 
 LOSS_CHUNK_ROWS = 512
 # Of fp32 words per parameter: Adam keeps two moments, Lion one, SGD one with momentum.
-STATE_WORDS = {"adam": 2, "lion": 1, "sgd": 1}
+STATE_WORDS = {"adam": 2, "lion": 1, "sgd": 1, "madgrad_wd": 3}
 RUNTIME_BYTES = {"cuda": 1_000_000_000, "cpu": 400_000_000}
 MARGIN_PART = 0.05
 

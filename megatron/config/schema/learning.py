@@ -9,14 +9,17 @@ from typing import Any, Literal
 
 from megatron.config.schema.base import Block, Bool, Float, Int, Section, key
 
-OptimizerType = Literal["adam", "onebitadam", "cpu_adam", "cpu_torch_adam", "sm3", "madgrad_wd", "sgd", "lion"]
+OptimizerType = Literal["adam", "sgd", "lion", "madgrad_wd", "cpu_adam", "cpu_torch_adam"]
 Recomputation = Literal["none", "selective", "full"]
 
 
 class OptimizerBlock(Block):
     """Upstream's `optimizer` block."""
 
-    type: OptimizerType = key("adam", "Adam is AdamW (decoupled weight decay), as upstream's is.")
+    type: OptimizerType = key(
+        "adam",
+        "Adam is AdamW (decoupled weight decay), as upstream's is; cpu_adam and cpu_torch_adam compute the same.",
+    )
     params: dict[str, Any] = key({}, "lr, betas, eps, and what else the optimizer takes.")
 
 

@@ -197,7 +197,7 @@ def test_groups_without_full_recomputation_have_no_effect(tiny: Tiny) -> None:
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"lr": 1e-3, "bets": [0.9, 0.95]}, "optimizer.params.bets is no parameter of adam. Did you mean betas?"),
+        ({"lr": 1e-3, "bets": [0.9, 0.95]}, "unknown key bets in optimizer.params of adam. Did you mean betas?"),
         ({"lr": -1}, "optimizer.params.lr = -1 must be above 0."),
         ({"betas": [0.9, 1.5]}, "each must lie in [0, 1)"),
         ({"betas": 3}, "optimizer.params.betas = 3 must be a list."),

@@ -122,6 +122,41 @@ def test_sgd_adds_the_decay_to_the_gradient() -> None:
     assert float(parameter.detach()) == pytest.approx(0.85 - 0.2175)
 
 
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+def test_madgrad_averages_towards_its_dual(weight_decay: float) -> None:
+    start = torch.linspace(-1, 1, 7)
+    lr, momentum, eps = 0.05, 0.8, 1e-6
+    p = x0 = start.double()
+    s, v = torch.zeros(7, dtype=torch.float64), torch.zeros(7, dtype=torch.float64)
+    for t, g in enumerate(gradients(6), start=1):
+        weight = lr * t**0.5
+        s, v = s + weight * g.double(), v + weight * g.double() ** 2
+        z = x0 - s / (v ** (1 / 3) + eps)
+        p = momentum * p + (1 - momentum) * z - lr * weight_decay * p
+    parameter = Parameter(start.clone())
+    groups = [{"params": [parameter], "weight_decay": weight_decay}]
+    optimizer = build_optimizer(groups, "madgrad_wd", lr=lr, momentum=momentum, eps=eps)
+    assert torch.allclose(run(optimizer, parameter), p, atol=1e-6)
+    assert int(optimizer.state[parameter]["step"]) == 6
+
+
+def test_madgrad_leaves_what_has_no_gradient_and_calls_the_closure() -> None:
+    used, unused = Parameter(torch.tensor([1.0, 2.0])), Parameter(torch.ones(2))
+    optimizer = build_optimizer([{"params": [used, unused], "weight_decay": 0.0}], "madgrad_wd", lr=0.1, eps=0.0)
+
+    def closure() -> Tensor:
+        loss = used[0] * 2
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) == 2.0  # type: ignore[arg-type]
+    assert used[1] == 2.0
+    assert used[0] < 1.0
+    assert torch.equal(unused.detach(), torch.ones(2))
+    with pytest.raises(ValueError, match="Madgrad"):
+        build_optimizer([{"params": [used]}], "madgrad_wd", lr=0.1, momentum=1.0)
+
+
 def test_an_unknown_type_lists_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"'sm3' is not supported\. Use one of: adam, adamw, sgd, lion"):
+    with pytest.raises(ConfigError, match=r"'sm3' is not supported\. Use one of: adam, adamw, sgd, lion, madgrad_wd"):
         build_optimizer([], "sm3", lr=0.1)
