@@ -94,7 +94,6 @@ def subject_of(config: Config) -> Subject:
     return Subject(
         device=launcher.device,
         num_processes=max(1, config.parallel.world_size // num_hosts),
-        num_workers=data.num_workers,
         torch_compile=config.training.torch_compile,
         folders={key: Path(folder) for key, folder in folders.items() if folder},
         reads=reads,

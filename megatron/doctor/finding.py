@@ -43,7 +43,6 @@ class Subject:
 
     device: str = "auto"
     num_processes: int = 1
-    num_workers: int = 2
     torch_compile: bool = False
     folders: Mapping[str, Path] = field(default_factory=dict)
     reads: Mapping[str, Path] = field(default_factory=dict)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron.common.devices import count_cores
 from megatron.common.rank import starter_of
-from megatron.doctor.finding import Finding, Subject, size
+from megatron.doctor.finding import Finding, Status, Subject, size
 
 OPEN_FILES = 4096
 SHARED_MEMORY_BYTES = 512_000_000
@@ -74,17 +74,18 @@ def check_limits(
 
 
 def check_shared_memory(subject: Subject, folder: Path = Path("/dev/shm")) -> list[Finding]:
-    """/dev/shm, through which loader processes pass batches, and what killed runs left in it."""
+    """/dev/shm, through which GPUs of one host exchange data, and what killed runs left in it."""
     try:
         usage = shutil.disk_usage(folder)
     except OSError as error:
-        cost = "loader processes cannot pass batches"
-        return [Finding("shared memory", "failure", f"{folder}: {error.strerror}", cost, "num_workers: 0")]
+        cost = "NCCL passes data between GPUs of one host through it"
+        status: Status = "note" if subject.device == "cpu" else "warning"
+        return [Finding("shared memory", status, f"{folder}: {error.strerror}", cost, "export NCCL_SHM_DISABLE=1")]
     findings = []
     found = f"{size(usage.free)} of {size(usage.total)} free"
-    if usage.free < SHARED_MEMORY_BYTES and subject.num_workers:
-        cost = "loader processes pass batches through it, and die with a bus error where it is full"
-        mend = "start the container with --shm-size=8g, or set num_workers: 0"
+    if usage.free < SHARED_MEMORY_BYTES and subject.device != "cpu":
+        cost = "NCCL passes data between GPUs of one host through it, and fails where it is full"
+        mend = "start the container with --shm-size=8g, or export NCCL_SHM_DISABLE=1 (slower)"
         findings.append(Finding("shared memory", "warning", found, cost, mend))
     else:
         findings.append(Finding("shared memory", "ok", found))
