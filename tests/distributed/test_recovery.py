@@ -84,3 +84,38 @@ def test_a_bad_step_now_and_then_is_only_skipped(ranks: Ranks, tmp_path: Path) -
     path = write_config(tmp_path, **{**SETTINGS, "train_iters": 12})
     (result,) = ranks(run_over, 1, str(path), None, timeout=120)
     assert result["skipped"] == 1
+
+
+def test_an_overflow_at_the_least_loss_scale_is_an_anomaly(ranks: Ranks, tmp_path: Path) -> None:
+    block = {"enabled": True, "initial_scale_power": 31, "min_loss_scale": 2.0**30, "hysteresis": 1}
+    path = write_config(tmp_path, **SETTINGS, fp16=block, anomaly_rollbacks=0)
+    first, second = ranks(run_over, 2, str(path), None, timeout=120)
+    assert first["code"] == second["code"] == 6
+    # The first step lowers the scale; the three after it cannot.
+    assert "step 4: the gradient norm is not finite; 3 bad steps in a row" in first["error"]
+    assert (first["skipped"], first["position"]["step"]) == (4, 4)
+
+
+def test_leaps_are_skipped_and_a_continued_run_skips_the_same(ranks: Ranks, tmp_path: Path) -> None:
+    changes = {"anomaly_window": 4, "anomaly_grad_norm_factor": 1.01, "anomaly_skips_in_a_row": 100}
+    changes |= {"anomaly_skips_in_window": None, "checkpoint_factor": 5, "eval_iters": 0, "train_iters": 16}
+    ranks(run_over, 2, str(write_config(tmp_path, "whole", **changes)), None, timeout=120)
+    part = {**changes, "exit_interval": 5}
+    for _ in range(4):
+        last = ranks(run_over, 2, str(write_config(tmp_path, "parts", **part)), None, timeout=120)[0]
+    assert last["position"]["step"] == 16
+    whole, parts = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts"))
+    # The oracle: the middle of the last four accepted norms, times the factor.
+    accepted: list[float] = []
+    num_skipped = 0
+    for step in range(1, 17):
+        norm, recent = whole[step]["train/grad_norm"], sorted(accepted[-4:])
+        middle = (recent[(len(recent) - 1) // 2] + recent[len(recent) // 2]) / 2 if recent else float("inf")
+        num_skipped += norm > 1.01 * middle
+        if norm <= 1.01 * middle:
+            accepted.append(norm)
+        for log in (whole, parts):
+            assert log[step].get("train/skipped_steps", 0) == num_skipped
+        assert parts[step]["train/grad_norm"] == norm
+    assert 0 < num_skipped < 16
+    assert _equal(tmp_path / "whole", 16, tmp_path / "parts", 16)

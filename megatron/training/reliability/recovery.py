@@ -119,8 +119,8 @@ class Recovery:
             state = "The state in memory is not finite and was not saved: continue from an older checkpoint."
         elif is_saved:
             state = (
-                "None of these steps moved a weight; the newest checkpoint holds the weights from before the first "
-                "of them, and goes on behind their data."
+                "None of these steps moved a weight. A run continued from the newest checkpoint has the weights from "
+                "before the first of them, and goes on with the data behind them."
             )
         else:
             state = "None of these steps moved a weight, and the run has no save folder that could hold them."
