@@ -1,29 +1,43 @@
-"""Memory of the fullest device, by component: an estimate from shapes, before anything is allocated.
+"""Memory of the fullest rank, by component, at the moment when it is fullest: worked out from shapes.
 
-Not a promise: allocators round up and kernels need scratch space, which `margin` stands for. Invariant: each component
-is a formula over the configuration, written beside its line.
+A step has several candidates for its peak, and which one wins depends on the layout: the forward pass (activations and
+the loss), the backward pass (gradients and what is recomputed), the optimizer's step (copies of the gradients), and the
+start (whole fp32 weights before ZeRO divides them). Each is a sum over components; the largest is reported. The figures
+are bytes of live tensors, tested against measured ones; what the allocator and the runtime add is a margin beside them.
+Invariant: nothing is allocated, and equal configurations give equal numbers.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron.config.plan.parameters import stage_parameters
+from megatron.config.plan.architecture import BLOCK, Kept
+from megatron.config.plan.job import Job, Layout, job_of, layout_of
 from megatron.config.resolved import Config
 
-LOSS_CHUNK_ROWS = 512
-# Of fp32 words per parameter: Adam keeps two moments, Lion one, SGD one with momentum.
-STATE_WORDS = {"adam": 2, "lion": 1, "sgd": 1, "madgrad_wd": 3}
-RUNTIME_BYTES = {"cuda": 1_000_000_000, "cpu": 400_000_000}
-MARGIN_PART = 0.05
+# Rows of logits at a time: megatron.ops.cross_entropy's choice for each device.
+LOSS_CHUNK_ROWS = {"cpu": 128, "cuda": 2048}
+# The CUDA context, NCCL's buffers and libraries; a Python process with torch and DeepSpeed.
+RUNTIME_BYTES = {"cuda": 2_000_000_000, "cpu": 400_000_000}
+# What a caching allocator loses to rounding and fragments.
+MARGIN_PART = 0.06
+# DeepSpeed's BF16 optimizer flattens so many elements at a time, whatever the bucket sizes say.
+BF16_BUCKET = 500_000_000
+MARGIN, RUNTIME = "fragmentation margin", "runtime (context, libraries)"
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes by component on the fullest device. stage: the pipeline stage it belongs to."""
+    """Bytes by component on the fullest rank. stage: its pipeline stage. moment: when it is fullest."""
 
     components: dict[str, int]
     stage: int
+    moment: str
+
+    @property
+    def tensors(self) -> int:
+        """Bytes of live tensors."""
+        return sum(size for name, size in self.components.items() if name not in (MARGIN, RUNTIME))
 
     @property
     def total(self) -> int:
@@ -31,73 +45,225 @@ class MemoryEstimate:
         return sum(self.components.values())
 
 
+@dataclass(frozen=True)
+class StageSize:
+    """What one rank of a stage holds. numel: elements. small: of these, in parameters that ZeRO 3 does not divide."""
+
+    numel: int
+    small: int
+    blocks: int
+    # Bytes of one token: of a block in all, its attention's part, its input; of the other layers.
+    block: float
+    attention: float
+    block_input: float
+    others: float
+    is_first: bool
+    is_last: bool
+
+
 def estimate_memory(config: Config) -> MemoryEstimate:
     """Estimate each stage and take the fullest. Raises: ConfigError if the vocabulary's size is not known."""
-    estimates = [
-        MemoryEstimate(_stage_memory(config, stage, numel), stage)
-        for stage, numel in enumerate(stage_parameters(config))
-    ]
-    return max(estimates, key=lambda estimate: estimate.total)
+    return fullest(job_of(config), layout_of(config))
 
 
-def _stage_memory(config: Config, stage: int, numel: int) -> dict[str, int]:
-    zero, dp = config.zero, config.parallel.data_parallel_size or 1
-    half = config.precision.precision != "fp32"
-    block = zero.zero_optimization
-    offloaded = block is not None and (
-        block.cpu_offload or (block.offload_optimizer or block).model_dump().get("device") in ("cpu", "nvme")
-    )
-    words = STATE_WORDS[config.optimizer.optimizer_type]
-    if config.optimizer.optimizer_type == "sgd" and config.optimizer.momentum == 0:
-        words = 0
-    # bfloat16 gradients accumulate in fp32; fp16 ones stay fp16 behind the loss scale.
-    gradient_bytes = 2 if config.precision.precision == "fp16" else 4
-    bucket = min(block.reduce_bucket_size if block is not None else numel, numel) * gradient_bytes
-    components = {
-        "weights": numel * (2 if half else 4) // (dp if zero.stage == 3 else 1),
-        "gradients": numel * gradient_bytes // (dp if zero.stage >= 2 else 1),
-        "fp32 master weights": 0 if offloaded else 4 * numel // dp,
-        "optimizer states": 0 if offloaded else 4 * words * numel // dp,
-        "activations": _activation_bytes(config, stage, 2 if half else 4),
-        "loss buffer": _loss_bytes(config) if stage == config.parallel.num_stages - 1 else 0,
-        "communication buckets": bucket if dp > 1 else 0,
-        "runtime": RUNTIME_BYTES["cuda" if config.launcher.device == "cuda" else "cpu"],
+def estimate_stage(config: Config, stage: int) -> MemoryEstimate:
+    """The estimate of one stage. Raises: ConfigError if the vocabulary's size is not known."""
+    job, layout = job_of(config), layout_of(config)
+    return _estimate(job, layout, stage_sizes(job, layout)[stage], stage)
+
+
+def fullest(job: Job, layout: Layout) -> MemoryEstimate:
+    """The estimate of the fullest stage; of equally full ones the first."""
+    best: MemoryEstimate | None = None
+    seen: set[StageSize] = set()
+    for stage, size in enumerate(stage_sizes(job, layout)):
+        # Of stages alike, the first has the most micro-batches under way.
+        if size in seen:
+            continue
+        seen.add(size)
+        estimate = _estimate(job, layout, size, stage)
+        if best is None or estimate.total > best.total:
+            best = estimate
+    assert best is not None
+    return best
+
+
+def stage_sizes(job: Job, layout: Layout) -> tuple[StageSize, ...]:
+    """The sizes of all stages."""
+    key = (layout.stages, layout.tp, layout.sequence_parallel, layout.micro_batch)
+    if key not in job.sizes:
+        job.sizes[key] = _stage_sizes(job, layout)
+    found: tuple[StageSize, ...] = job.sizes[key]
+    return found
+
+
+def _stage_sizes(job: Job, layout: Layout) -> tuple[StageSize, ...]:
+    def size_of(kept: tuple[Kept, ...], **wanted: bool) -> float:
+        total = 0.0
+        for item in kept:
+            if item.only_on not in (None, job.device) or any(getattr(item, k) != v for k, v in wanted.items()):
+                continue
+            parts = layout.tp if item.divided or (item.over_tokens and layout.sequence_parallel) else 1
+            shared = layout.micro_batch if item.of_batch else 1
+            total += item.size * (item.word or job.word) / parts / shared
+        return total
+
+    found = []
+    stages = job.stages(layout.stages, layout.tp)
+    for number, stage in enumerate(stages):
+        blocks = [layer for layer in stage if layer.kind == BLOCK]
+        kept = blocks[0].kept if blocks else ()
+        found.append(
+            StageSize(
+                numel=sum(layer.numel_on_rank(layout.tp) for layer in stage),
+                small=sum(
+                    n
+                    for layer in stage
+                    for p in layer.parameters
+                    if (n := p.numel // (layout.tp if p.sharded else 1)) <= job.persistence
+                ),
+                blocks=len(blocks),
+                block=size_of(kept),
+                attention=size_of(kept, in_attention=True),
+                block_input=size_of(kept, is_input=True),
+                others=sum(size_of(layer.kept) for layer in stage if layer.kind != BLOCK),
+                is_first=number == 0,
+                is_last=number == len(stages) - 1,
+            )
+        )
+    return tuple(found)
+
+
+def _estimate(job: Job, layout: Layout, size: StageSize, stage: int) -> MemoryEstimate:
+    moments = _moments(job, layout, size, stage)
+    moment = max(moments, key=lambda name: sum(moments[name].values()))
+    components = {name: int(value) for name, value in moments[moment].items()}
+    components[MARGIN] = int(MARGIN_PART * sum(components.values()))
+    components[RUNTIME] = RUNTIME_BYTES[job.device]
+    return MemoryEstimate(components, stage, moment)
+
+
+def _moments(job: Job, layout: Layout, size: StageSize, stage: int) -> dict[str, dict[str, float]]:
+    """Components at each moment that may be the peak."""
+    numel, dp, word = size.numel, layout.dp, job.word
+    states = {
+        "weights": numel * word / (dp if layout.zero == 3 else 1),
+        "fp32 master weights": 0 if job.offloads else 4 * numel / dp,
+        "optimizer states": 0 if job.offloads else 4 * job.optimizer_words * numel / dp,
     }
-    components["margin"] = int(MARGIN_PART * sum(components.values()))
-    return components
+    always, made = _gradient_bytes(job, layout, numel)
+    under_way = min(layout.accumulation, layout.stages - stage)
+    # Before the first backward pass there are no gradients; with as many micro-batches under way as there are in all,
+    # all of them are then alive.
+    is_steady = layout.accumulation > under_way
+    kept, again = _activation_bytes(job, layout, size)
+    loss = _loss_bytes(job, layout) if size.is_last else 0
+    passing = states | _gathered(job, layout, size)
+    backward = again + _backward_bytes(job, layout)
+    forward = _loss_scratch_bytes(job, layout) if size.is_last else 0
+    group = _group(layout, size)
+    part = min(1.0, group / size.blocks) if size.blocks else 1.0
+    bucket = _bucket_bytes(job, layout, numel)
+    # From ZeRO 2 on, buckets of gradients leave while the backward pass runs: the first, when it is full.
+    leaving = bucket if layout.zero > 1 else 0
+    part = max(part, 1 - job.bucket / numel) if layout.zero > 1 and numel else part
+    moments = {
+        "forward and backward pass": passing
+        | {
+            "gradients": always + (made if is_steady else 0),
+            "activations": under_way * kept,
+            "loss and head's gradient": loss,
+            "working memory": max(forward, backward),
+        },
+        "end of the first backward pass": passing
+        | {
+            "gradients": always + made * (1 if is_steady else 1 - part),
+            "activations": (under_way - 1 + part) * kept,
+            "working memory": backward,
+            "communication buckets": leaving,
+        },
+        "optimizer step": states
+        | {
+            "gradients": always + made,
+            "activations": 0,
+            "communication buckets": max(bucket, _step_bytes(job, layout, numel)),
+        },
+        # The model is made in fp32, whole on every rank, before DeepSpeed converts and divides it.
+        "start": {"weights": 4 * numel, "fp32 master weights": states["fp32 master weights"]},
+    }
+    if layout.zero == 3:
+        moments["optimizer step"]["gathered weights"] = size.small * word
+    return moments
 
 
-def _activation_bytes(config: Config, stage: int, word: int) -> int:
-    """What the backward pass needs of the forward pass, for all micro-batches that are under way on this stage."""
-    model, stages, tp = config.model, config.parallel.num_stages, config.parallel.model_parallel_size
-    batch, sequence = config.batch.train_micro_batch_size_per_gpu, model.seq_length
-    hidden, heads, kv_heads, ffn = model.hidden_size, model.num_attention_heads, model.num_kv_heads, model.ffn_size
-    # A rank has its part of the query heads, and of the kv heads at least one, which it may share with others.
-    width, kv_width = heads // tp * model.head_dim, max(1, kv_heads // tp) * model.head_dim
-    # Whole on every tensor rank: the block's input, what the two norms make of it, a sequential residual's middle.
-    whole = hidden * (3 + (0 if model.gpt_j_residual else 1))
-    # Divided: q, k, v; rotated q and k; the attention's output; the feed-forward before and after its activation.
-    # Of these, selective recomputation makes the first five again.
-    heads_in = width + 2 * kv_width + (width + kv_width if model.pos_emb == "rotary" else 0)
-    divided = heads_in + width + ffn // tp * (3 if model.is_gated else 2)
-    if config.parallel.sequence_parallel:
-        whole, hidden = whole // tp, hidden // tp
-    tokens = batch * sequence
-    kept_input, block, attention = (tokens * size * word for size in (hidden, whole + divided, heads_in))
-    layers = -(-model.num_layers // stages)
-    # One stage holds as many micro-batches as there are stages from it to the last (1F1B schedule).
-    under_way = min(config.batch.gradient_accumulation_steps, stages - stage)
-    if config.training.recompute == "full":
-        group = min(config.training.checkpoint_num_layers, layers)
-        return under_way * -(-layers // group) * kept_input + group * block
-    if config.training.recompute == "selective":
-        return under_way * layers * (block - attention) + attention
-    return under_way * layers * block
+def _gradient_bytes(job: Job, layout: Layout, numel: int) -> tuple[float, float]:
+    """What gradients take from the start to the end, and what they take on top once a backward pass is over."""
+    if layout.zero == 1:
+        # DeepSpeed's BF16 optimizer adds up in fp32, beside the bf16 gradients that autograd makes.
+        return (4 * numel, 2 * numel) if job.accumulates_apart else (0, job.word * numel)
+    part = job.accumulation_word * numel / layout.dp
+    return (part, 0) if layout.zero == 3 else (0, part)
 
 
-def _loss_bytes(config: Config) -> int:
-    """Chunked loss: one fp32 chunk of logits that its gradient overwrites, and fp32 gradients of the hidden states."""
-    rows, hidden = config.tokenizer.padded_vocab_size, config.model.hidden_size
-    batch, sequence = config.batch.train_micro_batch_size_per_gpu, config.model.seq_length
-    chunk = min(LOSS_CHUNK_ROWS, batch * sequence)
-    return 4 * chunk * rows // config.parallel.model_parallel_size + 4 * batch * sequence * hidden
+def _gathered(job: Job, layout: Layout, size: StageSize) -> dict[str, float]:
+    """ZeRO 3: whole weights that are alive during the passes."""
+    if layout.zero != 3:
+        return {}
+    return {"gathered weights": job.word * min(size.numel, max(size.small, job.live_parameters))}
+
+
+def _activation_bytes(job: Job, layout: Layout, size: StageSize) -> tuple[float, float]:
+    """Of one micro-batch: what is kept for the backward pass, and what the backward pass makes again at a time."""
+    tokens = layout.micro_batch * job.sequence
+    # A stage keeps what it hands on until the next one has it; the next one's copy is its first block's input.
+    outside = size.others + (0 if size.is_last else size.block_input)
+    if layout.recompute == "full" and size.blocks:
+        group = _group(layout, size)
+        kept = -(-size.blocks // group) * size.block_input
+        return tokens * (kept + outside), tokens * (group * size.block - size.block_input)
+    if layout.recompute == "selective":
+        return tokens * (size.blocks * (size.block - size.attention) + outside), tokens * size.attention
+    return tokens * (size.blocks * size.block + outside), 0
+
+
+def _group(layout: Layout, size: StageSize) -> int:
+    return max(1, min(layout.group, size.blocks)) if layout.recompute == "full" else 1
+
+
+def _backward_bytes(job: Job, layout: Layout) -> float:
+    """Gradients of activations on their way through a block: the feed-forward's, and the residual stream's twice."""
+    model, tokens = job.model, layout.micro_batch * job.sequence
+    width = model.ffn_size // layout.tp * (2 if model.is_gated else 1)
+    return tokens * job.word * (width + 2 * model.hidden_size)
+
+
+def _loss_bytes(job: Job, layout: Layout) -> float:
+    """The gradients that the loss makes in the forward pass, in fp32: of the hidden states and of the head."""
+    tokens, hidden = layout.micro_batch * job.sequence, job.model.hidden_size
+    return 4 * tokens * hidden + 4 * (job.rows // layout.tp) * hidden
+
+
+def _loss_scratch_bytes(job: Job, layout: Layout) -> float:
+    """A chunk of logits, in fp32 and on a GPU in half precision too; the normed hidden states, whole."""
+    tokens, hidden, rows = layout.micro_batch * job.sequence, job.model.hidden_size, job.rows // layout.tp
+    chunk, half = min(LOSS_CHUNK_ROWS[job.device], tokens), job.word == 2
+    scratch = 4 * chunk * (rows + hidden) + job.word * tokens * hidden
+    if job.device == "cpu":
+        # A product as large as the head's gradient, and with half precision an fp32 copy of the head.
+        return scratch + 4 * rows * hidden * (2 if half else 1)
+    return scratch + (2 * chunk * rows if half else 0)
+
+
+def _bucket_bytes(job: Job, layout: Layout, numel: int) -> float:
+    """A flat copy of the gradients that travel together."""
+    if layout.zero == 1 and job.accumulates_apart:
+        return 6 * min(numel, BF16_BUCKET) if layout.dp > 1 or layout.stages > 1 else 0
+    # From stage 2 on, those of the bucket themselves as well.
+    return (1 if layout.zero == 1 else 2) * job.word * min(numel, job.bucket)
+
+
+def _step_bytes(job: Job, layout: Layout, numel: int) -> float:
+    """Flat copies of a rank's gradients in the optimizer's step: as they came, and in fp32 where they came otherwise."""
+    if layout.zero == 3 or (layout.zero == 1 and job.accumulates_apart):
+        return 0
+    return (4 if job.word == 4 else 6) * numel / layout.dp
