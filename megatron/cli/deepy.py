@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron.cli import doctor
+from megatron.cli.plan import add_plan_flags, check_plan_flags, print_plan
 from megatron.common.errors import ConfigError
 from megatron.common.rank import starter_of
 from megatron.config import Config, load, require_inputs
 from megatron.config.draft import did_you_mean
-from megatron.config.plan import plan_text
 from megatron.launch import node
 from megatron.launch.arguments import Parser, add_flags, overrides_of
 from megatron.launch.commands import needs_other_hosts, rank_commands
@@ -38,10 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="deepy.py", description="Start a script on every process of a run.", allow_abbrev=False)
     parser.add_argument("user_script", help="train.py, generate.py, evaluate.py or your own")
     parser.add_argument("conf_file", nargs="+", help="configuration files; .yml is appended where it is missing")
-    parser.add_argument(
-        "--plan", action="store_true", help="print layout, parameters, memory, FLOPs and tokens; start nothing"
-    )
-    parser.add_argument("--gpus", type=int, metavar="N", help="with --plan: plan for N GPUs")
+    add_plan_flags(parser)
     parser.add_argument(
         "--dry-run", action="store_true", help="print each rank's command and environment; start nothing"
     )
@@ -55,31 +52,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.autotuning:
         raise ConfigError("--autotuning is not supported yet. Use --plan to see what fits.")
-    if options.gpus is not None and (options.gpus < 1 or not options.plan):
-        raise ConfigError("--gpus N needs --plan and N >= 1. For a run, set global_num_gpus or num_gpus.")
+    check_plan_flags(options)
     _require_script(options.user_script)
     purpose = Path(options.user_script).stem
     inference = purpose in INFERENCE_SCRIPTS
+    if options.plan:
+        return print_plan(options, overrides_of(options), inference=inference)
     overrides = {**submit_overrides(options), **overrides_of(options)}
-    if options.gpus is not None:
-        overrides.setdefault("device", "cuda")
     starter = starter_of(os.environ)
-    if starter != "alone" and not (options.plan or options.dry_run or options.submit):
+    if starter != "alone" and not (options.dry_run or options.submit):
         # Already one of the processes of srun, mpirun or torchrun: become that rank.
         os.execv(
             sys.executable, [sys.executable, "-u", options.user_script, *_without_script(argv, options.user_script)]
         )
-    config = load(
-        options.conf_file,
-        overrides,
-        conf_dir=options.conf_dir,
-        devices=options.gpus,
-        planning=options.plan,
-        inference=inference,
-    )
-    if options.plan:
-        print(plan_text(config))
-        return 0
+    config = load(options.conf_file, overrides, conf_dir=options.conf_dir, inference=inference)
     for warning in config.warnings:
         print(f"note: {warning}", file=sys.stderr)
     if options.dry_run and not options.submit:

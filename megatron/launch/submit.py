@@ -208,7 +208,7 @@ def add_submit_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("batch jobs")
     group.add_argument("--submit", action="store_true", help="submit a Slurm job; with --dry-run, print its script")
     group.add_argument("--nodes", type=int, metavar="N", help="nodes of the job; unset: num_nodes, or 1")
-    group.add_argument("--gpus-per-node", type=int, metavar="N", help="GPUs, and processes, on each node")
+    group.add_argument("--gpus-per-node", type=int, metavar="N", help="GPUs, and processes, on each node (--plan: 8)")
     group.add_argument("--cpus-per-node", type=int, metavar="N", help="cores on each node; unset: whole nodes")
     group.add_argument("--time", metavar="LIMIT", help="time limit, as for sbatch; the run goes on after it")
     group.add_argument("--warn-s", type=int, metavar="S", help=f"seconds before the limit to save and stop ({WARN_S})")

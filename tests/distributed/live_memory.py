@@ -1,7 +1,7 @@
 """Count the bytes of all live tensors of a process, operation by operation, the way an allocator would see them.
 
-A stand-in on the CPU for torch.cuda.max_memory_allocated: exact, without rounding or fragmentation. Invariant: a storage
-counts once, from the operation that made it until it is freed.
+A stand-in on the CPU for torch.cuda.max_memory_allocated: exact, without rounding or fragmentation. Invariant: a
+storage counts once, from the operation that made it until it is freed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten
 
 
 class LiveMemory(TorchDispatchMode):
-    """While entered, `live` is the bytes of the tensors that were made or used here and still exist; `peak` their most."""
+    """While entered, `live` is the bytes of the tensors made or used here that still exist; `peak` the most."""
 
     def __init__(self) -> None:
         super().__init__()

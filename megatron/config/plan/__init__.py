@@ -1,16 +1,25 @@
-"""What a configuration costs, worked out without torch: parameters, FLOPs, memory, tokens."""
+"""What a configuration costs, worked out without torch: parameters, FLOPs, memory, tokens, time; and better layouts."""
 
 from megatron.config.plan.flops import flops_per_token, flops_terms
-from megatron.config.plan.memory import MemoryEstimate, estimate_memory
+from megatron.config.plan.layouts import search_config
+from megatron.config.plan.memory import MemoryEstimate, estimate_memory, estimate_stage
 from megatron.config.plan.parameters import ParameterCount, count_parameters
-from megatron.config.plan.report import plan_text
+from megatron.config.plan.report import Hardware, plan_text, plan_values, search_text, search_values
+from megatron.config.plan.speed import Cluster
 
 __all__ = [
+    "Cluster",
+    "Hardware",
     "MemoryEstimate",
     "ParameterCount",
     "count_parameters",
     "estimate_memory",
+    "estimate_stage",
     "flops_per_token",
     "flops_terms",
     "plan_text",
+    "plan_values",
+    "search_config",
+    "search_text",
+    "search_values",
 ]

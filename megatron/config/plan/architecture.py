@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from megatron.common.errors import ConfigError
 from megatron.config.resolved import Config
@@ -32,7 +33,7 @@ ACTIVATION_WIDTHS = {
     "silu": 2,
     "swish": 2,
     "mish": 2,
-    "softsign": 4,
+    "softsign": 3,
     "geglu": 4,
     "geglu_tanh": 4,
     "swiglu": 4,
@@ -64,7 +65,7 @@ class Kept:
     size: elements of one token. divided: over the tensor-parallel ranks, always; over_tokens: only with sequence
     parallelism. in_attention: selective recomputation makes it again. word: bytes of an element, None for the
     activations' own. is_input: full recomputation keeps it, where a group begins. only_on: the device that needs it.
-    of_batch: all sequences of a micro-batch share it.
+    of_batch: all sequences of a micro-batch share it. only_half: needed in half precision alone.
     """
 
     what: str
@@ -76,6 +77,7 @@ class Kept:
     is_input: bool = False
     only_on: str | None = None
     of_batch: bool = False
+    only_half: bool = False
 
 
 @dataclass(frozen=True)
@@ -186,12 +188,21 @@ def _norm(name: str, model: ModelSection, size: int | None = None) -> Iterator[P
         yield Parameter(f"{name}.bias", (size,), False)
 
 
-def _norm_kept(model: ModelSection, count: int) -> Iterator[Kept]:
-    """Statistics of each norm; torch's rmsnorm has no kernel of one piece on a CPU and keeps the normed input too."""
-    is_rms = model.norm == "rmsnorm"
-    yield Kept("norm's statistics", count * (1 if is_rms else 2), over_tokens=True, word=4)
-    if is_rms:
-        yield Kept("normed input before the weight", count * model.hidden_size, over_tokens=True, only_on="cpu")
+def _norm_kept(model: ModelSection, count: int, size: int | None = None, *, divided: bool = False) -> Iterator[Kept]:
+    """What norms keep beside their input: layernorm two numbers, rmsnorm one, in kernels of one piece.
+
+    scalenorm has no such kernel, rmsnorm none on a CPU: what is multiplied with the weight is kept as well, and in half
+    precision the fp32 copy of the input.
+    """
+    size = size or model.hidden_size
+    where: dict[str, Any] = {"divided": divided, "over_tokens": not divided, "in_attention": divided}
+    heads = model.num_attention_heads + model.num_kv_heads if divided else 1
+    numbers = 2 if "layernorm" in model.norm else 1
+    yield Kept("norm's statistics", count * numbers * heads, word=4, **where)
+    if model.norm in ("rmsnorm", "scalenorm"):
+        device = "cpu" if model.norm == "rmsnorm" else None
+        yield Kept("normed input before the weight", count * size * heads, only_on=device, **where)
+        yield Kept("norm's input in fp32", count * size * heads, word=4, only_on=device, only_half=True, **where)
 
 
 def _dropout_kept(model: ModelSection, what: str, size: int) -> Iterator[Kept]:
@@ -231,13 +242,39 @@ def _attention_kept(model: ModelSection, tp: int) -> Iterator[Kept]:
     # A rank works with its part of the kv heads, and with at least one, which it may share with others.
     width, kv_width = heads * model.head_dim, max(model.num_kv_heads, tp) * model.head_dim
     is_fused, turns = model.num_kv_heads == heads, model.pos_emb == "rotary"
-    # Rotation makes new queries and keys; of the old ones stays what shares its memory with the values.
-    size = 3 * width if is_fused else 2 * kv_width + (0 if turns else width)
-    if turns:
+    # Rotation and head norms make new queries and keys. Of the old ones stays what shares its memory with the values,
+    # and what a head norm's backward pass reads.
+    size = 3 * width if is_fused else 2 * kv_width + (width if model.use_qk_layernorm or not turns else 0)
+    if turns or model.use_qk_layernorm:
         size += width + kv_width
     yield Kept("queries, keys, values", size, divided=True, in_attention=True)
     yield Kept("softmax's normaliser", heads, divided=True, in_attention=True, word=4)
+    if model.use_qk_layernorm:
+        yield from _norm_kept(model, 1, model.head_dim, divided=True)
+    yield from _scores_kept(model, 0 if is_fused else 2 * (width - kv_width))
     yield Kept("attended values", width, divided=True)
+
+
+def _scores_kept(model: ModelSection, expansion: int) -> Iterator[Kept]:
+    """What torch's attention keeps on a CPU when sight is limited or biased; kernels for GPUs make it as they go.
+
+    expansion: elements by which keys and values grow when every query head gets its own.
+    """
+    sequence, heads = model.seq_length, model.num_attention_heads
+    where: dict[str, Any] = {"in_attention": True, "only_on": "cpu"}
+    if model.attention_dropout:
+        yield Kept("attention probabilities and their dropout", 2 * heads * sequence, divided=True, **where)
+    if model.pos_emb == "rpe":
+        # A bias that learns takes the path without a kernel.
+        yield Kept("attention probabilities", heads * sequence, divided=True, **where)
+        yield Kept("buckets of distances", sequence, of_batch=True, word=8, **where)
+    elif model.pos_emb == "alibi":
+        yield Kept("bias of the scores", heads * sequence, divided=True, of_batch=True, **where)
+    elif model.sliding_window_width is not None:
+        yield Kept("mask of the scores", sequence, of_batch=True, **where)
+    else:
+        return
+    yield Kept("keys and values for every query head", expansion, divided=True, **where)
 
 
 def _attention_flops(model: ModelSection) -> Iterator[tuple[str, int]]:

@@ -18,7 +18,7 @@ Source: Kaplan et al. 2020 (arXiv 2001.08361) section 2.1 and Chowdhery et al. 2
 
 from __future__ import annotations
 
-from megatron.config.plan.parameters import require_vocabulary
+from megatron.config.plan.architecture import layers
 from megatron.config.resolved import Config
 
 FORWARD_AND_BACKWARD = 3
@@ -26,19 +26,11 @@ FORWARD_AND_BACKWARD = 3
 
 def flops_terms(config: Config) -> dict[str, int]:
     """Forward FLOPs of one token over all layers, by term. Raises: ConfigError if the vocabulary is not known."""
-    model, rows = config.model, config.tokenizer.padded_vocab_size
-    hidden, heads, kv_heads, ffn = model.hidden_size, model.num_attention_heads, model.num_kv_heads, model.ffn_size
-    layers, sequence = model.num_layers, model.seq_length
-    require_vocabulary(config)
-    width = heads * model.head_dim
-    return {
-        "query_key_value": layers * 2 * hidden * (heads + 2 * kv_heads) * model.head_dim,
-        "scores": layers * 2 * sequence * width,
-        "weighted_values": layers * 2 * sequence * width,
-        "attention_output": layers * 2 * width * hidden,
-        "feed_forward": layers * 2 * hidden * ffn * (3 if model.is_gated else 2),
-        "vocabulary": 2 * hidden * rows,
-    }
+    terms: dict[str, int] = {}
+    for layer in layers(config):
+        for name, count in layer.flops:
+            terms[name] = terms.get(name, 0) + count
+    return terms
 
 
 def flops_per_token(config: Config) -> int:

@@ -17,7 +17,7 @@ Recompute = Literal["none", "selective", "full"]
 # fp32 words per parameter: Adam keeps two moments, Lion one, SGD one with momentum.
 STATE_WORDS = {"adam": 2, "lion": 1, "sgd": 1, "madgrad_wd": 3}
 # DeepSpeed's own values of ZeRO 3, in elements.
-PERSISTENCE, LIVE_PARAMETERS = 100_000, 1_000_000_000
+PERSISTENCE, LIVE_PARAMETERS, PREFETCH = 100_000, 1_000_000_000, 50_000_000
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Job:
     partition_method: str
     device: str
     persistence: int = PERSISTENCE
-    live_parameters: int = LIVE_PARAMETERS
+    live_parameters: int = LIVE_PARAMETERS + PREFETCH
     sizes: dict[Any, Any] = field(default_factory=dict)
     _layers: dict[int, tuple[Layer, ...]] = field(default_factory=dict)
 
@@ -118,8 +118,13 @@ def job_of(config: Config) -> Job:
         partition_method=config.parallel.pipe_partition_method,
         device=device,
         persistence=int(given.get("stage3_param_persistence_threshold", PERSISTENCE)),
+        # What is soon used again stays, and what comes next is fetched ahead.
         live_parameters=int(
-            min(given.get("stage3_max_live_parameters", LIVE_PARAMETERS), given.get("stage3_max_reuse_distance", 1e9))
+            min(
+                given.get("stage3_max_live_parameters", LIVE_PARAMETERS),
+                given.get("stage3_max_reuse_distance", LIVE_PARAMETERS),
+            )
+            + given.get("stage3_prefetch_bucket_size", PREFETCH)
         ),
     )
 

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron.config.layout import round_up
-from megatron.config.plan.job import Job, Layout
+from megatron.config.plan.job import Job, Layout, job_of
 from megatron.config.plan.memory import MemoryEstimate, fullest
 from megatron.config.plan.speed import Cluster, StepTime, step_time
+from megatron.config.resolved import Config
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 # Blocks that are recomputed together; more rarely pay.
@@ -27,6 +28,22 @@ class Batch:
     sequences: int
     vocab_size: int | None
     divisor: int
+
+
+def batch_of(config: Config) -> Batch:
+    """The global batch of a configuration, and how its vocabulary is padded."""
+    tokenizer = config.tokenizer
+    is_padded_here = "make_vocab_size_divisible_by" in config.origin("padded_vocab_size")
+    return Batch(
+        config.batch.train_batch_size,
+        tokenizer.vocab_size if is_padded_here else None,
+        tokenizer.make_vocab_size_divisible_by,
+    )
+
+
+def search_config(config: Config, gpus: int, memory_bytes: float, cluster: Cluster) -> Search:
+    """The search for a configuration's model and batch. Raises: ConfigError if the vocabulary's size is not known."""
+    return search(job_of(config), batch_of(config), gpus, memory_bytes, cluster)
 
 
 @dataclass(frozen=True)
@@ -115,7 +132,9 @@ def explain(candidate: Candidate, cluster: Cluster) -> str:
     layout, time = candidate.layout, candidate.time
     parts = []
     if layout.tp > 1:
-        parts.append(f"{layout.tp} tensor ranks within a node ({_percent(time.tensor, time)} of the time in their sums)")
+        parts.append(
+            f"{layout.tp} tensor ranks within a node ({_percent(time.tensor, time)} of the time in their sums)"
+        )
     if layout.stages > 1:
         parts.append(f"{layout.stages} stages with a bubble of {_percent(time.bubble, time)}")
     if layout.dp > 1:
@@ -148,7 +167,7 @@ def yaml_lines(layout: Layout) -> list[str]:
 
 
 def _order(candidate: Candidate) -> tuple[float, int, int, int, int]:
-    # Of layouts within a percent, the one with fewer ways of dividing, then with less memory.
+    # Of layouts that are equally fast, the one that divides less, then the one that needs less memory.
     layout = candidate.layout
     pieces = layout.stages * layout.tp
     return (round(candidate.time.total, 9), pieces, layout.zero, candidate.memory.total, layout.micro_batch)
@@ -173,7 +192,9 @@ def _divides(job: Job, batch: Batch, tp: int) -> bool:
 def _obstacles(job: Job, batch: Batch, gpus: int, cluster: Cluster) -> list[str]:
     """What the numbers themselves rule out."""
     found = []
-    refused = [tp for tp in _divisors(min(gpus, cluster.gpus_per_node)) if gpus % tp == 0 and not _divides(job, batch, tp)]
+    refused = [
+        tp for tp in _divisors(min(gpus, cluster.gpus_per_node)) if gpus % tp == 0 and not _divides(job, batch, tp)
+    ]
     if refused:
         model = job.model
         found.append(

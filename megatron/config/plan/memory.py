@@ -23,6 +23,9 @@ RUNTIME_BYTES = {"cuda": 2_000_000_000, "cpu": 400_000_000}
 MARGIN_PART = 0.06
 # DeepSpeed's BF16 optimizer flattens so many elements at a time, whatever the bucket sizes say.
 BF16_BUCKET = 500_000_000
+# Hidden states of a micro-batch that DeepSpeed's pipeline holds between stages, beside what the stage itself keeps:
+# what it receives, what it has sent, their gradients. Measured on its first, middle and last stages.
+PIPELINE_BUFFERS = {"first": 1, "middle": 3, "last": 6}
 MARGIN, RUNTIME = "fragmentation margin", "runtime (context, libraries)"
 
 
@@ -61,6 +64,12 @@ class StageSize:
     is_last: bool
 
 
+def largest(estimate: MemoryEstimate) -> list[tuple[str, int]]:
+    """The components that a layout can change, largest first."""
+    found = [(name, size) for name, size in estimate.components.items() if name not in (MARGIN, RUNTIME)]
+    return sorted(found, key=lambda item: -item[1])
+
+
 def estimate_memory(config: Config) -> MemoryEstimate:
     """Estimate each stage and take the fullest. Raises: ConfigError if the vocabulary's size is not known."""
     return fullest(job_of(config), layout_of(config))
@@ -70,6 +79,12 @@ def estimate_stage(config: Config, stage: int) -> MemoryEstimate:
     """The estimate of one stage. Raises: ConfigError if the vocabulary's size is not known."""
     job, layout = job_of(config), layout_of(config)
     return _estimate(job, layout, stage_sizes(job, layout)[stage], stage)
+
+
+def stage_moments(config: Config, stage: int) -> dict[str, dict[str, float]]:
+    """Bytes by component at each moment of a step that may be the fullest, on one stage, without margins."""
+    job, layout = job_of(config), layout_of(config)
+    return _moments(job, layout, stage_sizes(job, layout)[stage], stage)
 
 
 def fullest(job: Job, layout: Layout) -> MemoryEstimate:
@@ -102,6 +117,8 @@ def _stage_sizes(job: Job, layout: Layout) -> tuple[StageSize, ...]:
         total = 0.0
         for item in kept:
             if item.only_on not in (None, job.device) or any(getattr(item, k) != v for k, v in wanted.items()):
+                continue
+            if item.only_half and job.word == 4:
                 continue
             parts = layout.tp if item.divided or (item.over_tokens and layout.sequence_parallel) else 1
             shared = layout.micro_batch if item.of_batch else 1
@@ -158,7 +175,7 @@ def _moments(job: Job, layout: Layout, size: StageSize, stage: int) -> dict[str,
     is_steady = layout.accumulation > under_way
     kept, again = _activation_bytes(job, layout, size)
     loss = _loss_bytes(job, layout) if size.is_last else 0
-    passing = states | _gathered(job, layout, size)
+    passing = states | _gathered(job, layout, size) | {"pipeline buffers": _pipeline_bytes(job, layout, size)}
     backward = again + _backward_bytes(job, layout)
     forward = _loss_scratch_bytes(job, layout) if size.is_last else 0
     group = _group(layout, size)
@@ -189,7 +206,7 @@ def _moments(job: Job, layout: Layout, size: StageSize, stage: int) -> dict[str,
             "communication buckets": max(bucket, _step_bytes(job, layout, numel)),
         },
         # The model is made in fp32, whole on every rank, before DeepSpeed converts and divides it.
-        "start": {"weights": 4 * numel, "fp32 master weights": states["fp32 master weights"]},
+        "start": {"weights": 4 * numel + states["weights"] if layout.zero == 3 else 4 * numel},
     }
     if layout.zero == 3:
         moments["optimizer step"]["gathered weights"] = size.small * word
@@ -210,6 +227,14 @@ def _gathered(job: Job, layout: Layout, size: StageSize) -> dict[str, float]:
     if layout.zero != 3:
         return {}
     return {"gathered weights": job.word * min(size.numel, max(size.small, job.live_parameters))}
+
+
+def _pipeline_bytes(job: Job, layout: Layout, size: StageSize) -> float:
+    if layout.stages == 1:
+        return 0
+    place = "first" if size.is_first else "last" if size.is_last else "middle"
+    parts = layout.tp if layout.sequence_parallel else 1
+    return PIPELINE_BUFFERS[place] * layout.micro_batch * job.sequence * job.model.hidden_size * job.word / parts
 
 
 def _activation_bytes(job: Job, layout: Layout, size: StageSize) -> tuple[float, float]:
@@ -263,7 +288,7 @@ def _bucket_bytes(job: Job, layout: Layout, numel: int) -> float:
 
 
 def _step_bytes(job: Job, layout: Layout, numel: int) -> float:
-    """Flat copies of a rank's gradients in the optimizer's step: as they came, and in fp32 where they came otherwise."""
+    """Flat copies of a rank's gradients in the optimizer's step: as they came, and in fp32 if they came otherwise."""
     if layout.zero == 3 or (layout.zero == 1 and job.accumulates_apart):
         return 0
     return (4 if job.word == 4 else 6) * numel / layout.dp

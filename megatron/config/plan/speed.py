@@ -11,9 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron.config.plan.architecture import BLOCK, Layer
+from megatron.config.plan.flops import FORWARD_AND_BACKWARD
 from megatron.config.plan.job import Job, Layout
 
-FORWARD_AND_BACKWARD = 3
 # Share of the peak of time estimates, where nothing was measured: between the 37 % of GPT-NeoX-20B (arXiv 2204.06745)
 # and the 41 to 48 % that Megatron-LM publishes for H100.
 ASSUMED_MFU = 0.4

@@ -1,8 +1,8 @@
 """Which layers each pipeline stage gets: DeepSpeed's division, worked out without DeepSpeed.
 
-Invariant: the same bounds as `PipelineModule` finds for the same layer list. Source: its documented methods uniform,
-parameters and type:<regex>, the latter two balanced by the linear partition problem; which of several equally good
-divisions it takes was read off its results (the last cut that is no worse).
+Invariant: the same bounds as `PipelineModule` finds for the same layer list, also where several are equally good (the
+last cut that is no worse). Its methods: uniform; parameters and type:<regex>, balanced so that the largest part exceeds
+the smallest by the least (the linear partition problem).
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
+from itertools import pairwise
 
-from megatron.config.plan.architecture import WORD_EMBEDDING, Layer
+from megatron.config.plan.architecture import Layer
 
 
 def stage_layers(layers: Sequence[Layer], num_stages: int, method: str, tp: int) -> list[list[Layer]]:
@@ -21,7 +22,7 @@ def stage_layers(layers: Sequence[Layer], num_stages: int, method: str, tp: int)
     bounds = [0, len(layers)]
     if num_stages > 1:
         bounds = stage_bounds(layers, num_stages, method, tp)
-    stages = [list(layers[start:stop]) for start, stop in zip(bounds, bounds[1:], strict=False)]
+    stages = [list(layers[start:stop]) for start, stop in pairwise(bounds)]
     for stage in stages:
         if stage and stage[-1].ties and all(layer is not layers[0] for layer in stage):
             stage[-1] = replace(stage[-1], parameters=layers[0].parameters)
@@ -87,8 +88,3 @@ def _cuts(weights: tuple[int, ...], parts: int) -> list[list[int]]:
                     next_most[end], next_least[end] = high, low
         most, least = next_most, next_least
     return cuts
-
-
-def is_embedding(layer: Layer) -> bool:
-    """Whether a layer is the word embedding's own, not the head tied to it."""
-    return layer.kind == WORD_EMBEDDING and not layer.ties

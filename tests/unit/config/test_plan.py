@@ -8,7 +8,8 @@ import pytest
 
 from megatron.common.errors import ConfigError
 from megatron.config import Config, load
-from megatron.config.plan import count_parameters, estimate_memory, flops_per_token, flops_terms, plan_text
+from megatron.config.plan import count_parameters, flops_per_token, flops_terms, plan_text
+from megatron.config.plan.memory import stage_moments
 from megatron.config.plan.parameters import parameters, stage_parameters
 from megatron.model.build import build_model
 from megatron.model.from_config import model_spec
@@ -24,6 +25,10 @@ VARIATIONS = [
     {"norm": "rmsnorm", "activation": "swiglu", "use_bias_in_mlp": False, "use_bias_in_attn_linear": False},
     {"num_kv_heads": 2, "activation": "geglu", "pos_emb": "none"},
     {"num_kv_heads": 1, "opt_pos_emb_offset": 2, "intermediate_size": 77, "max_position_embeddings": 40},
+    {"norm": "scalenorm", "pos_emb": "alibi", "use_bias_in_qkv": False},
+    {"norm": "non_parametric_layernorm", "pos_emb": "rpe", "rpe_num_buckets": 8, "gpt_j_residual": True},
+    {"head_dim": 12, "no_weight_tying": True, "use_bias_in_head": True, "pos_emb": "sinusoidal", "num_kv_heads": 3},
+    {"use_qk_layernorm": True, "gpt_j_residual": True, "gpt_j_tied": True, "activation": "geglu_tanh"},
 ]
 
 
@@ -80,53 +85,74 @@ def test_flops_are_six_per_matrix_element_and_the_attention() -> None:
 
 
 def memory(**changes: object) -> dict[str, int]:
+    return moments(**changes)["forward and backward pass"]
+
+
+def moments(**changes: object) -> dict[str, dict[str, int]]:
+    """The components of a single stage at every moment that may be the peak."""
     devices = changes.pop("devices", 1)
+    stage = changes.pop("stage", 0)
     config = load([], {**TINY, "optimizer": {"type": "Adam", "params": {"lr": 1e-3}}, **changes}, devices=devices)
-    return estimate_memory(config).components
+    found = stage_moments(config, stage)
+    return {moment: {name: int(size) for name, size in components.items()} for moment, components in found.items()}
 
 
 def test_memory_of_weights_and_states() -> None:
     numel = count_parameters(load([], TINY, devices=1)).unique
-    one = memory()
+    one = moments()["optimizer step"]
     assert one["weights"] == one["gradients"] == one["fp32 master weights"] == 4 * numel
     assert one["optimizer states"] == 8 * numel
-    half = memory(precision="fp16", devices=4)
+    half = moments(precision="fp16", devices=4)["optimizer step"]
     assert half["weights"] == half["gradients"] == 2 * numel
     assert half["optimizer states"] == 8 * numel // 4
+    brain = moments(precision="bfloat16", devices=4)["optimizer step"]
+    assert brain["gradients"] == 2 * numel + 4 * numel
     assert memory(devices=4, zero_optimization={"stage": 3})["weights"] == numel
     lion = {"type": "Lion", "params": {"lr": 1e-3}}
     assert memory(optimizer=lion)["optimizer states"] == 4 * numel
-    offloaded = memory(zero_optimization={"stage": 2, "offload_optimizer": {"device": "cpu"}})
+    offloaded = memory(device="cuda", zero_optimization={"stage": 2, "offload_optimizer": {"device": "cpu"}})
     assert offloaded["optimizer states"] == offloaded["fp32 master weights"] == 0
+
+
+def test_the_first_forward_pass_has_no_gradients_and_the_second_has() -> None:
+    assert memory()["gradients"] == 0
+    assert memory(gradient_accumulation_steps=2)["gradients"] == memory()["weights"]
+    assert memory(gradient_accumulation_steps=2, devices=2, pipe_parallel_size=2)["gradients"] == 0
+    assert memory(gradient_accumulation_steps=3, devices=2, pipe_parallel_size=2)["gradients"] > 0
 
 
 def test_recomputation_and_division_save_activations() -> None:
     whole = memory()["activations"]
     assert memory(checkpoint_activations=True)["activations"] < whole
-    assert memory(devices=2, model_parallel_size=2)["activations"] < whole
     divided = memory(devices=2, model_parallel_size=2)["activations"]
+    assert divided < whole
     assert memory(devices=2, model_parallel_size=2, sequence_parallel=True)["activations"] < divided
     assert memory(train_micro_batch_size_per_gpu=3)["activations"] == 3 * whole
 
 
-def test_recomputed_activations_by_hand() -> None:
-    """4 layers, H 48, F 192, S 32, 4 bytes; whole 4 H, divided 3 H of q, k, v, H of attention and 2 F, no rotation."""
+def test_kept_activations_by_hand() -> None:
+    """4 layers, H 48, F 192, 6 heads, S 32, 4 bytes, learned positions.
+
+    Of a block: 4 H whole, two norms' two numbers, 3 H of q, k, v, the softmax's 6, H of attention, 2 F; then the final
+    norm's input and two numbers.
+    """
     words = 32 * 4
-    block = words * (4 * 48 + 3 * 48 + 48 + 2 * 192)
+    attention = words * (3 * 48 + 6)
+    block = words * (4 * 48 + 4 + 48 + 2 * 192) + attention
+    final = words * (48 + 2)
 
     def activations(**changes: object) -> int:
         return memory(**changes)["activations"]
 
-    assert activations() == 4 * block
-    assert activations(checkpoint_activations=True) == 4 * words * 48 + block
-    assert activations(checkpoint_activations=True, checkpoint_num_layers=3) == 2 * words * 48 + 3 * block
-    assert activations(checkpoint_activations=True, checkpoint_num_layers=9) == words * 48 + 4 * block
-    assert activations(recompute_activations="selective") == 4 * (block - words * 3 * 48) + words * 3 * 48
-    # On the first of two stages, the fuller one, two micro-batches are under way; one is recomputed at a time.
+    assert activations() == 4 * block + final
+    assert activations(checkpoint_activations=True) == 4 * words * 48 + final
+    assert activations(checkpoint_activations=True, checkpoint_num_layers=3) == 2 * words * 48 + final
+    assert activations(checkpoint_activations=True, checkpoint_num_layers=9) == words * 48 + final
+    assert activations(recompute_activations="selective") == 4 * (block - attention) + final
+    # On the first of two stages two micro-batches are under way, and their results wait to be sent.
     staged = {"devices": 2, "pipe_parallel_size": 2, "gradient_accumulation_steps": 8}
-    staged["train_micro_batch_size_per_gpu"] = 512
-    assert activations(**staged) == 512 * 2 * 2 * block
-    assert activations(**staged, recompute_activations="full") == 512 * (2 * 2 * words * 48 + block)
+    assert activations(**staged) == 2 * (2 * block + words * 48)
+    assert activations(**staged, recompute_activations="full") == 2 * (2 * words * 48 + words * 48)
 
 
 def test_kv_heads_that_ranks_share_cost_each_of_them_one_head() -> None:

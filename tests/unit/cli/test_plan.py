@@ -1,0 +1,154 @@
+"""deepy.py --plan: its flags, what fits and what does not, layouts, and the same for scripts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron.cli.deepy import main
+from megatron.cli.plan import parse_size
+from megatron.common.errors import ConfigError
+from megatron.data.indexed_writer import IndexedWriter
+
+ROOT = Path(__file__).resolve().parents[3]
+MODEL = """
+num_layers: 4
+hidden_size: 64
+num_attention_heads: 4
+seq_length: 32
+tokenizer_type: CharLevelTokenizer
+train_iters: 100
+train_batch_size: 16
+precision: bfloat16
+optimizer: {type: Adam, params: {lr: 1.0e-3}}
+"""
+Plan = Callable[..., str]
+
+
+@pytest.fixture
+def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Plan:
+    """What `deepy.py --plan FLAGS train.py FILE` prints; `more` is added to the small model's file."""
+    monkeypatch.chdir(tmp_path)
+    Path("train.py").write_text("")
+
+    def run(*flags: str, more: str = "", file: str = "my.yml") -> str:
+        given = {line.partition(":")[0] for line in more.splitlines()}
+        kept = [line for line in MODEL.splitlines() if line.partition(":")[0] not in given]
+        Path("my.yml").write_text("\n".join([*kept, more]))
+        assert main(["--plan", *flags, "train.py", file]) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("80GB", 80e9), ("80 gib", 80 * 2**30), ("40", 40e9), ("0.5TB", 5e11), ("900 MB", 9e8)]
+)
+def test_sizes(text: str, size: float) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "80XB", "-1GB", "0", "eighty"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(ConfigError, match="a size such as 80GB"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize("flag", [["--gpu-memory", "80GB"], ["--peak-tflops", "312"], ["--json"], ["--gpus", "2"]])
+def test_flags_that_need_plan(plan: Plan, flag: list[str]) -> None:
+    plan()
+    with pytest.raises(ConfigError, match="needs --plan"):
+        main([*flag, "train.py", "my.yml"])
+
+
+@pytest.mark.parametrize("flag", ["--gpus", "--gpus-per-node", "--peak-tflops"])
+def test_numbers_above_zero(plan: Plan, flag: str) -> None:
+    with pytest.raises(ConfigError, match=f"{flag} 0: a number above 0"):
+        plan(flag, "0")
+
+
+def test_it_says_what_fits_and_what_does_not(plan: Plan) -> None:
+    assert "fits into 80.00 GB" in plan("--gpu-memory", "80GB")
+    more = "device: cpu\nnum_layers: 40\ntrain_micro_batch_size_per_gpu: 16\n"
+    ways = json.loads(plan("--json", more=more))["memory_bytes"]["by_recomputation"]
+    text = plan("--gpu-memory", f"{(ways['none'] + ways['full']) / 2e6:.0f}MB", more=more)
+    assert "DOES NOT FIT into" in text
+    assert "too much, most of it activations" in text
+    assert "It would fit with recomputation: full" in text
+
+
+def test_time_needs_a_peak(plan: Plan) -> None:
+    assert "--peak-tflops" in plan()
+    given, configured = plan("--peak-tflops", "100"), plan(more="peak_theoretical_tflops: 100\n")
+    assert "40 % of 100 TFLOP/s" in given
+    assert given.split("Time\n")[1] == configured.split("Time\n")[1]
+    twice = json.loads(plan("--json", "--peak-tflops", "200"))["time_s"]
+    assert json.loads(plan("--json", "--peak-tflops", "100"))["time_s"] == pytest.approx(2 * twice)
+
+
+def test_bubble(plan: Plan) -> None:
+    more = "pipe_parallel_size: 4\ntrain_micro_batch_size_per_gpu: 2\n"
+    assert "pipeline bubble: 27.3 %" in plan("--gpus", "4", more=more)  # 3 / (8 + 3)
+    assert json.loads(plan("--gpus", "4", "--json", more=more))["bubble"] == 3 / 11
+
+
+def test_layouts_for_a_number_of_gpus(plan: Plan) -> None:
+    text = plan("--gpus", "8", "--gpu-memory", "80GB")
+    assert "Layouts for 8 GPUs of 80.00 GB" in text
+    assert "pipe_parallel_size: 1" in text
+    values: dict[str, Any] = json.loads(plan("--gpus", "8", "--gpu-memory", "80GB", "--json"))
+    assert values["memory_bytes"]["fits"] is True
+    best = values["search"]["best"][0]
+    assert best["relative_speed"] == 1.0
+    assert best["layout"]["dp"] * best["layout"]["tp"] * best["layout"]["stages"] == 8
+    assert text == plan("--gpus", "8", "--gpu-memory", "80GB")
+
+
+def test_a_layout_that_cannot_run_is_explained_and_replaced(plan: Plan) -> None:
+    more = "pipe_parallel_size: 3\nmodel_parallel_size: 2\n"
+    text = plan("--gpus", "8", "--gpu-memory", "80GB", more=more)
+    assert "As configured, it cannot run on 8 GPUs" in text
+    assert "3 * 2 = 6 does not divide the 8 processes" in text
+    assert "pipe_parallel_size: 1" in text
+    with pytest.raises(ConfigError, match="does not divide the 8 processes"):
+        plan("--gpus", "8", more=more)
+
+
+def test_other_mistakes_remain_mistakes(plan: Plan) -> None:
+    with pytest.raises(ConfigError, match="hiden_size"):
+        plan("--gpus", "8", "--gpu-memory", "80GB", more="hiden_size: 3\n")
+
+
+def test_epochs_of_the_datasets(plan: Plan) -> None:
+    def write(prefix: str, documents: int) -> int:
+        sizes = np.arange(documents) % 7 + 1
+        with IndexedWriter(prefix, np.dtype("<u2")) as writer:
+            writer.add_documents(np.ones(sizes.sum(), np.uint16), sizes)
+        return int(sizes.sum())
+
+    one, other = write("one", 100), write("other", 31)
+    lists = "train_data_paths: [one, other]\nvalid_data_paths: [one]\ntest_data_paths: [one]\n"
+    values = json.loads(plan("--json", more=lists + "train_data_weights: [3, 1]\n"))
+    tokens = 100 * 16 * 32
+    assert [use["tokens"] for use in values["datasets"]] == [one, other]
+    assert [use["epochs"] for use in values["datasets"]] == [tokens * 0.75 / one, tokens * 0.25 / other]
+    split = json.loads(plan("--json", more='data_path: one\nsplit: "70, 20, 10"\n'))["datasets"][0]
+    assert split["documents"] == 70
+    assert split["tokens"] == sum(number % 7 + 1 for number in range(70))
+    assert "nowhere.idx is not there yet" in plan(more="data_path: nowhere\n")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yml")), ids=lambda path: path.stem)
+def test_every_preset_has_a_plan(plan: Plan, path: Path) -> None:
+    if path.stem in ("local_setup", "local_setup_wandb", "text_generation"):
+        return  # no model of their own
+    if path.stem == "quickstart":
+        return  # its tokenizer is made first: tests/unit/config/test_presets.py
+    text = plan("--gpu-memory", "80GB", "--peak-tflops", "312", file=str(path))
+    for words in ("Parameters", "fullest moment", "recompute_activations", "FLOPs per token", "Time", "GB"):
+        assert words in text

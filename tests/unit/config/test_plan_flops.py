@@ -1,0 +1,61 @@
+"""FLOPs of the plan against torch's own count of a real forward and backward pass, for every architecture switch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import megatron.ops.matmul
+from megatron.config import Config
+from megatron.config.plan import flops_per_token
+from megatron.model.attention import SelfAttention
+from megatron.model.build import build_model
+from megatron.model.from_config import model_spec
+from megatron.objectives.language_model import language_model_loss
+
+SWITCHES = [
+    {},
+    {"no_weight_tying": True, "pos_emb": "rotary", "rotary_pct": 0.5, "gpt_j_residual": True},
+    {"norm": "rmsnorm", "activation": "swiglu", "use_bias_in_mlp": False, "use_bias_in_attn_linear": False},
+    {"num_kv_heads": 2, "activation": "reglu", "pos_emb": "none"},
+    {"num_kv_heads": 1, "intermediate_size": 77, "gpt_j_residual": True, "gpt_j_tied": True},
+    {"head_dim": 12, "no_weight_tying": True, "use_bias_in_head": True, "pos_emb": "sinusoidal", "num_kv_heads": 3},
+    {"norm": "scalenorm", "pos_emb": "alibi", "use_bias_in_qkv": False},
+    {"norm": "non_parametric_layernorm", "pos_emb": "rpe", "rpe_num_buckets": 8},
+    {"use_qk_layernorm": True, "sliding_window_width": 5, "activation": "geglu_tanh", "scale_embeddings": True},
+]
+
+
+def in_place_product(_: object, a: list[int], b: list[int], **kwargs: object) -> int:
+    """The one product of ours that torch's table lacks: the head's gradient is added up in place."""
+    return 2 * a[0] * a[1] * b[1]
+
+
+@pytest.mark.parametrize("changes", SWITCHES)
+def test_flops_are_what_torch_counts(
+    tiny: Callable[..., Config], changes: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny(**changes)
+    # torch counts its own products only; fused attention counts what it computes twice.
+    monkeypatch.setattr(megatron.ops.matmul, "prefers_onednn", lambda: False)
+    model = build_model(model_spec(config), seed=1)
+    for module in model.modules():
+        if isinstance(module, SelfAttention):
+            module.attention.asked = "eager"
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(0, config.tokenizer.vocab_size, (2, config.model.seq_length + 1), generator=generator)
+    labels, mask = tokens[:, 1:], torch.ones(2, config.model.seq_length)
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place_product}) as counter:
+        term = language_model_loss(
+            model(tokens[:, :-1]),
+            model.output_weight,
+            labels,
+            mask,
+            vocab_size=model.spec.vocab_size,
+            groups=model.groups,
+        )
+        term.sum.backward()
+    assert counter.get_total_flops() == flops_per_token(config) * labels.numel()
