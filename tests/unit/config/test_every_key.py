@@ -23,7 +23,7 @@ READ_OTHERWISE = {
         f"{part}_{kind}": ("megatron/data/setup.py", f"_{kind}")
         for part in ("train", "valid", "test")
         for kind in ("data_paths", "data_weights", "label_data_paths")
-        if (part, kind) != ("train", "data_paths")
+        if (part, kind) not in (("train", "data_paths"), ("train", "data_weights"))
     },
     "zero_stage": ("megatron/config/schema/execution.py", r"return self\.zero_stage"),
 }
