@@ -83,11 +83,12 @@ def node_command(job: Job, file: str | None = None) -> list[str]:
 def slurm_line(config: Config, num_nodes: int, node: list[str]) -> list[str]:
     """One srun that starts one launcher per node; used in an allocation and in batch scripts alike.
 
-    Each launcher sees all devices and cores that the job has on its node, and an end with an error is its own affair.
+    Each launcher sees all devices and cores that the job has on its node. They end together; where one is not up to it
+    from the start, or dies, the first host's has 15 s to say so before srun ends the others.
     """
     launcher = config.launcher
     line = ["srun", f"--nodes={num_nodes}", f"--ntasks={num_nodes}", "--ntasks-per-node=1", "--cpu-bind=none"]
-    line += ["--mpi=none", "--input=none", "--kill-on-bad-exit=0"]
+    line += ["--mpi=none", "--input=none", "--kill-on-bad-exit=0", "--wait=15"]
     line += [f"--{name}={value}" for name, value in slurm_options(config).items()]
     return [*line, *shlex.split(launcher.launcher_args or ""), *node]
 

@@ -171,8 +171,6 @@ class Team:
         """A host's connection is over. In the midst of the run that is a failure of the host."""
         running = [rank for rank in self._ranks.get(node, {}).values() if rank.process.poll() is None]
         for rank in running:
-            if not self._over and rank is running[0]:
-                rank.last_words.append(
-                    f"the connection to the launcher on {host} broke: the host or its launcher died\n"
-                )
+            if not self._over:
+                rank.last_words.append(f"the connection to {host} broke: the host or its launcher died\n")
             rank.remote.end(-signal.SIGKILL)
