@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron.ops.attention import BACKENDS, attention
 from megatron.ops.cross_entropy import linear_cross_entropy, token_losses
 from megatron.ops.norms import layer_norm, rms_norm
+from megatron.ops.position_bias import alibi_slopes
 from megatron.ops.rotary import RotaryTable, apply_rotary
 from megatron.optim.build import build_optimizer
 
@@ -73,8 +74,11 @@ def test_cross_entropy_needs_no_full_logits() -> None:
     assert used < tokens * vocab * 4 / 3, f"{used / 1e6:.0f} MB"
 
 
+GENERAL = ["sdpa", "eager"]
+
+
 @DTYPES
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", GENERAL)
 @pytest.mark.parametrize(
     ("N", "G", "T", "S", "D"), [(4, 4, 128, 128, 64), (8, 2, 65, 65, 96), (8, 2, 1, 77, 64), (6, 3, 5, 33, 32)]
 )
@@ -99,7 +103,33 @@ def test_attention(
         )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@DTYPES
+@pytest.mark.parametrize("backend", [name for name in ("flex", "flash") if BACKENDS[name].is_installed()])
+@pytest.mark.parametrize(("N", "G", "T", "D"), [(4, 4, 128, 64), (8, 2, 200, 128), (6, 1, 77, 32)])
+@pytest.mark.parametrize(("window", "alibi"), [(9, False), (None, True), (40, True)])
+def test_kernels_for_masks(
+    N: int, G: int, T: int, D: int, window: int | None, alibi: bool, backend: str, dtype: torch.dtype
+) -> None:
+    if dtype not in BACKENDS[backend].dtypes:
+        dtype = torch.bfloat16
+    inputs = [random(2, heads, T, D, dtype=dtype, seed=i) for i, heads in enumerate((N, G, G))]
+    slopes = alibi_slopes(N) if alibi else None
+    exact = [x.double().requires_grad_() for x in inputs]
+    expected = attention(*exact, window=window, slopes=slopes, backend="eager")
+    expected.sum().backward()
+    inputs = [x.to(CUDA).requires_grad_() for x in inputs]
+    got = attention(*inputs, window=window, slopes=slopes, backend=backend)
+    got.sum().backward()
+    assert_close(got, expected, TOLERANCE[dtype])
+    for x, y in zip(inputs, exact, strict=True):
+        assert x.grad is not None
+        assert y.grad is not None
+        assert float((x.grad.cpu().double() - y.grad).abs().max()) <= 8 * TOLERANCE[dtype] * max(
+            1.0, float(y.grad.abs().max())
+        )
+
+
+@pytest.mark.parametrize("backend", GENERAL)
 def test_attention_with_key_lengths_and_rows_that_see_nothing(backend: str) -> None:
     q, k, v = (random(2, 4, n, 64, dtype=torch.float32, seed=i) for i, n in enumerate((1, 40, 40)))
     lengths = torch.tensor([7, 40])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 import math
@@ -9,12 +10,15 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 
 from megatron.common.errors import ConfigError
 from megatron.ops import attention as module
+from megatron.ops import attention_backends as backends
 from megatron.ops.attention import BACKENDS as EVERY_BACKEND
 from megatron.ops.attention import Attention, Backend, Request, attention, select
 from megatron.ops.attention_backends import eager
+from megatron.ops.position_bias import alibi_slopes
 
 # Those that a machine without CUDA runs; tests/gpu compares all.
 BACKENDS = {name: backend for name, backend in EVERY_BACKEND.items() if backend.device_types is None}
@@ -189,6 +193,64 @@ def test_gradients_of_a_bias(backend: str) -> None:
     attention(q, k, v, bias=theirs, backend="eager").square().sum().backward()
     assert mine.grad is not None
     torch.testing.assert_close(mine.grad, theirs.grad, atol=1e-12, rtol=0)
+
+
+class _FlashAttn:
+    """The package's function by its documentation: [B, T, N, D], window (left, right) with -1 for no limit."""
+
+    @staticmethod
+    def flash_attn_func(
+        q: Tensor, k: Tensor, v: Tensor, dropout_p: float, softmax_scale: float | None, causal: bool,
+        window_size: tuple[int, int], alibi_slopes: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        assert dropout_p == 0
+        left, right = window_size
+        assert right in (-1, 0)
+        slopes = None if alibi_slopes is None else alibi_slopes.tolist()
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        out = oracle(q, k, v, causal, None if left < 0 else left, None, None, None, slopes)
+        return out.to(q.dtype).transpose(1, 2)
+
+
+@pytest.mark.parametrize("backend", ["flex", "flash"])
+@pytest.mark.parametrize("shape", [(2, 4, 4, 7, 7, 8), (2, 6, 2, 5, 5, 16), (1, 4, 1, 3, 9, 8)], ids=str)
+@pytest.mark.parametrize(("window", "alibi"), [(None, False), (2, False), (None, True), (3, True), (100, True)])
+def test_kernels_for_masks_ask_for_what_is_meant(
+    backend: str, shape: tuple[int, ...], window: int | None, alibi: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their kernels need CUDA (tests/gpu); what is asked of them is the same here, over plain implementations."""
+    monkeypatch.setattr(backends, "_compiled_flex", lambda: flex_attention)
+    monkeypatch.setattr(backends, "_flash_attn", lambda: _FlashAttn)
+    q, k, v = tensors(*shape, torch.float32)
+    slopes = alibi_slopes(shape[1]) if alibi else None
+    got = attention(q, k, v, window=window, slopes=slopes, backend=backend)
+    expected = oracle(q, k, v, True, window, None, None, None, None if slopes is None else slopes.tolist())
+    assert (got.double() - expected).abs().max() < 2 * TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize(
+    ("changes", "has_flash", "chosen"),
+    [
+        ({}, False, "sdpa"),
+        ({}, True, "flash"),
+        ({"window": True}, False, "flex"),
+        ({"alibi": True}, False, "flex"),
+        ({"window": True}, True, "flash"),
+        ({"window": True, "cache": True}, False, "sdpa"),
+        ({"alibi": True, "dropout": True}, False, "sdpa"),
+        ({"mask": True}, True, "sdpa"),
+        ({"bias": True}, True, "sdpa"),
+        ({"dtype": torch.float32}, True, "sdpa"),
+        ({"window": True, "head_dim": 512}, True, "sdpa"),
+    ],
+)
+def test_what_is_chosen_on_a_gpu(
+    changes: dict[str, object], has_flash: bool, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flash = dataclasses.replace(EVERY_BACKEND["flash"], is_installed=lambda: has_flash)
+    monkeypatch.setitem(EVERY_BACKEND, "flash", flash)
+    request = dataclasses.replace(Request("cuda", torch.bfloat16, 64, 8, 2), **changes)  # type: ignore[arg-type]
+    assert select(request).name == chosen
 
 
 def test_attention_object_drops_only_in_training_and_masks_replace_causality() -> None:
