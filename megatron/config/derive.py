@@ -194,7 +194,7 @@ def derive_vocabulary(draft: Draft) -> None:
     rows, size = draft["padded_vocab_size"], vocabulary.size
     divisor = draft["make_vocab_size_divisible_by"] * draft["model_parallel_size"]
     if draft.is_given("vocab_size"):
-        if size is not None and draft["vocab_size"] < size:
+        if size is not None and not vocabulary.assumed and draft["vocab_size"] < size:
             draft.problem(
                 "vocab_size",
                 f"vocab_size = {draft['vocab_size']} is below the tokenizer's {size} ids. Use at least {size}, or "

@@ -47,13 +47,43 @@ COUNTS = {
     "pythia/12B": 11_846_072_320,
 }
 
+# As published with the models: without the rows that pad a vocabulary for tensor-parallel ranks.
+PUBLISHED = {
+    "llama/7B": 6_738_415_616,
+    "llama/13B": 13_015_864_320,
+    "llama/30B": 32_528_943_616,
+    "llama/65B": 65_285_660_672,
+    "llama2/7B": 6_738_415_616,
+    "llama2/13B": 13_015_864_320,
+    "llama2/70B": 68_976_648_192,
+    "llama2/codellama_7B": 6_738_546_688,
+    "llama2/codellama_34B": 33_743_970_304,
+    "llama3/8B": 8_030_261_248,
+    "llama3/3-1-8B": 8_030_261_248,
+    "llama3/70B": 70_553_706_496,
+    "mistral/7B": 7_241_732_096,
+    "qwen2/7B": 7_615_616_512,
+    "qwen3/8B": 8_190_735_360,
+    "gemma/2B": 2_506_172_416,
+    "gemma/7B": 8_537_680_896,
+    "falcon/7B": 6_921_720_704,
+    "falcon/40B": 41_303_293_952,
+    "gpt2/124M": 124_439_808,
+    "gpt2/1-5B": 1_557_611_200,
+    "gptj/6B": 6_050_882_784,
+    "bigcode/santacoder": 1_124_886_528,
+    "bigcode/starcoder": 15_517_456_384,
+    "opt/1-3B": 1_315_758_080,
+    "opt/6-7B": 6_658_473_984,
+}
+
 
 def name_of(path: Path) -> str:
     return str(path.relative_to("configs").with_suffix(""))
 
 
 def test_every_preset_is_counted() -> None:
-    assert {name_of(path) for path in SHIPPED} == {*COUNTS, *OVERLAYS, "quickstart"}
+    assert {name_of(path) for path in SHIPPED} == {*COUNTS, *PUBLISHED, *OVERLAYS, "quickstart"}
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -61,7 +91,15 @@ def test_parameters(name: str) -> None:
     assert count_parameters(load([f"configs/{name}.yml"], planning=True)).unique == COUNTS[name]
 
 
-@pytest.mark.parametrize("name", [*COUNTS, "quickstart"])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_parameters(name: str) -> None:
+    config = load([f"configs/{name}.yml"], planning=True)
+    padding = config.tokenizer.padded_vocab_size - config.tokenizer.vocab_size
+    width = config.model.hidden_size * (2 if config.model.no_weight_tying else 1) + config.model.use_bias_in_head
+    assert count_parameters(config).unique - padding * width == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", [*COUNTS, *PUBLISHED, "quickstart"])
 def test_loads_without_complaint_and_is_ready_to_train_with_data(name: str) -> None:
     overlay = [] if name in ("20B", "quickstart") else ["configs/local_setup.yml"]
     config = load([f"configs/{name}.yml", *overlay], planning=True)
