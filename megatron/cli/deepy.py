@@ -26,6 +26,7 @@ from megatron.launch.spawn import run_ranks
 from megatron.launch.submit import add_submit_flags, own_command, request_of, submit, submit_overrides
 
 INFERENCE_SCRIPTS = ("generate", "evaluate", "eval")
+VERIFY_RESUME = "verify-resume"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,8 +36,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return doctor.main(argv)
     if argv[:1] == ["--node"]:
         return node.main(argv[1:])
+    if argv[:1] == [VERIFY_RESUME]:
+        # A program of its own, because it imports torch.
+        script = Path(__file__).resolve().parents[2] / "tools" / "verify_resume.py"
+        os.execv(sys.executable, [sys.executable, "-u", str(script), *argv[1:]])
     parser = Parser(prog="deepy.py", description="Start a script on every process of a run.", allow_abbrev=False)
-    parser.add_argument("user_script", help="train.py, generate.py, evaluate.py or your own")
+    parser.add_argument(
+        "user_script",
+        help="train.py, generate.py, evaluate.py your own, or verify-resume: is a continued run the same?",
+    )
     parser.add_argument("conf_file", nargs="+", help="configuration files; .yml is appended where it is missing")
     add_plan_flags(parser)
     parser.add_argument(
