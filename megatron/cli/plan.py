@@ -13,7 +13,16 @@ from typing import Any
 
 from megatron.common.errors import ConfigError
 from megatron.config import Config, load
-from megatron.config.plan import Cluster, Hardware, plan_text, plan_values, search_config, search_text, search_values
+from megatron.config.plan import (
+    Cluster,
+    Hardware,
+    configured,
+    plan_text,
+    plan_values,
+    search_config,
+    search_text,
+    search_values,
+)
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -89,11 +98,12 @@ def print_plan(options: argparse.Namespace, overrides: dict[str, Any], *, infere
         cluster = _cluster(options, config)
         undivided = _undivided(options, overrides, config, refusal)
         found = search_config(undivided, options.gpus, memory, cluster)
-        values["search"] = search_values(found)
+        own = None if config is None else configured(config, found, cluster)
+        values["search"] = search_values(found, own)
         if refusal is not None:
             values["refused"] = str(refusal).splitlines()
             texts.append(f"As configured, it cannot run on {options.gpus} GPUs:\n  {refusal}")
-        texts.append(search_text(found, options.gpus, memory, cluster))
+        texts.append(search_text(found, options.gpus, memory, cluster, own))
     print(json.dumps(values, indent=1) if options.json else "\n\n".join(texts))
     return 0
 

@@ -1,7 +1,7 @@
 """What a configuration costs, worked out without torch: parameters, FLOPs, memory, tokens, time; and better layouts."""
 
 from megatron.config.plan.flops import flops_per_token, flops_terms
-from megatron.config.plan.layouts import search_config
+from megatron.config.plan.layouts import configured, search_config
 from megatron.config.plan.memory import MemoryEstimate, estimate_memory, estimate_stage
 from megatron.config.plan.parameters import ParameterCount, count_parameters
 from megatron.config.plan.report import Hardware, plan_text, plan_values, search_text, search_values
@@ -12,6 +12,7 @@ __all__ = [
     "Hardware",
     "MemoryEstimate",
     "ParameterCount",
+    "configured",
     "count_parameters",
     "estimate_memory",
     "estimate_stage",

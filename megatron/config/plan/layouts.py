@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron.config.layout import round_up
-from megatron.config.plan.job import Job, Layout, job_of
+from megatron.config.plan.job import Job, Layout, job_of, layout_of
 from megatron.config.plan.memory import MemoryEstimate, fullest
 from megatron.config.plan.speed import Cluster, StepTime, step_time
 from megatron.config.resolved import Config
@@ -88,6 +88,18 @@ def search(job: Job, batch: Batch, gpus: int, memory_bytes: float, cluster: Clus
         best = fitting[0].time.total
         fitting = [dataclasses.replace(one, speed=best / one.time.total) for one in fitting]
     return Search(fitting, None if fitting else closest, considered, _obstacles(job, batch, gpus, cluster))
+
+
+def configured(config: Config, found: Search, cluster: Cluster) -> Candidate | None:
+    """The configuration's own layout, its speed relative to the best that was found; None where nothing was."""
+    if not found.fitting:
+        return None
+    job, layout = job_of(config), layout_of(config)
+    time = step_time(job, layout, cluster)
+    per_sequence = time.total / layout.global_batch
+    best = found.fitting[0]
+    speed = best.time.total / best.layout.global_batch / per_sequence
+    return Candidate(layout, fullest(job, layout), time, speed)
 
 
 def different(candidates: list[Candidate], count: int) -> list[Candidate]:

@@ -26,16 +26,21 @@ BF16_BUCKET = 500_000_000
 # Hidden states of a micro-batch that DeepSpeed's pipeline holds between stages, beside what the stage itself keeps:
 # what it receives, what it has sent, their gradients. Measured on its first, middle and last stages.
 PIPELINE_BUFFERS = {"first": 1, "middle": 3, "last": 6}
+PASSES = "forward and backward pass"
 MARGIN, RUNTIME = "fragmentation margin", "runtime (context, libraries)"
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes by component on the fullest rank. stage: its pipeline stage. moment: when it is fullest."""
+    """Bytes by component on the fullest rank. stage: its pipeline stage. moment: when it is fullest.
+
+    activations: of the passes, kept and made again, whether or not they make the fullest moment.
+    """
 
     components: dict[str, int]
     stage: int
     moment: str
+    activations: int
 
     @property
     def tensors(self) -> int:
@@ -157,7 +162,8 @@ def _estimate(job: Job, layout: Layout, size: StageSize, stage: int) -> MemoryEs
     components = {name: int(value) for name, value in moments[moment].items()}
     components[MARGIN] = int(MARGIN_PART * sum(components.values()))
     components[RUNTIME] = RUNTIME_BYTES[job.device]
-    return MemoryEstimate(components, stage, moment)
+    passes = moments[PASSES]
+    return MemoryEstimate(components, stage, moment, int(passes["activations"] + passes["working memory"]))
 
 
 def _moments(job: Job, layout: Layout, size: StageSize, stage: int) -> dict[str, dict[str, float]]:
@@ -185,7 +191,7 @@ def _moments(job: Job, layout: Layout, size: StageSize, stage: int) -> dict[str,
     leaving = bucket if layout.zero > 1 else 0
     part = max(part, 1 - job.bucket / numel) if layout.zero > 1 and numel else part
     moments = {
-        "forward and backward pass": passing
+        PASSES: passing
         | {
             "gradients": always + (made if is_steady else 0),
             "activations": under_way * kept,

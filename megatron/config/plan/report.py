@@ -17,6 +17,8 @@ from megatron.config.plan.parameters import count_parameters, stage_parameters
 from megatron.config.plan.speed import ASSUMED_MFU, Cluster, bubble_part
 from megatron.config.resolved import Config
 
+# Beyond this, no device helps but a division does.
+LARGEST_BYTES = 288e9
 # How many layouts a search shows.
 SHOWN = 4
 
@@ -46,8 +48,10 @@ def plan_text(config: Config, hardware: Hardware | None = None) -> str:
     return _joined(sections)
 
 
-def search_text(found: Search, gpus: int, memory_bytes: float, cluster: Cluster) -> str:
-    """The best layouts of a search, each with its lines of YAML."""
+def search_text(
+    found: Search, gpus: int, memory_bytes: float, cluster: Cluster, configured: Candidate | None = None
+) -> str:
+    """The best layouts of a search, each with its lines of YAML. configured: the layout that the file has."""
     title = f"Layouts for {gpus} GPUs of {_bytes(memory_bytes)}, {cluster.gpus_per_node} in a node"
     if not found.fitting:
         lines = [f"none of {found.considered:,} allowed layouts fits."]
@@ -65,6 +69,12 @@ def search_text(found: Search, gpus: int, memory_bytes: float, cluster: Cluster)
     lines = [
         f"{len(found.fitting):,} of {found.considered:,} allowed layouts fit; the best of each kind, fastest first"
     ]
+    if configured is not None:
+        fits = "" if configured.memory.total <= memory_bytes else ", which is too much"
+        lines.append(
+            f"as configured, {_shape(configured)}: {_bytes(configured.memory.total)}{fits}, "
+            f"speed {configured.speed:.2f} of the best"
+        )
     lines += found.obstacles
     for number, one in enumerate(best, 1):
         lines += [
@@ -96,7 +106,10 @@ def plan_values(config: Config, hardware: Hardware | None = None) -> dict[str, A
             "total": memory.total,
             "stage": memory.stage,
             "moment": memory.moment,
-            "by_recomputation": {name: estimate.total for name, estimate in recomputations(config)},
+            "by_recomputation": {
+                name: {"total": estimate.total, "activations": estimate.activations}
+                for name, estimate in recomputations(config)
+            },
             "fits": None if hardware.memory_bytes is None else memory.total <= hardware.memory_bytes,
         },
         "flops_per_token": {**{k: FORWARD_AND_BACKWARD * n for k, n in flops_terms(config).items()}, "total": flops},
@@ -108,7 +121,7 @@ def plan_values(config: Config, hardware: Hardware | None = None) -> dict[str, A
     }
 
 
-def search_values(found: Search) -> dict[str, Any]:
+def search_values(found: Search, configured: Candidate | None = None) -> dict[str, Any]:
     """A search as plain values."""
 
     def values(one: Candidate) -> dict[str, Any]:
@@ -123,6 +136,7 @@ def search_values(found: Search) -> dict[str, Any]:
         "considered": found.considered,
         "fitting": len(found.fitting),
         "best": [values(one) for one in different(found.fitting, SHOWN)],
+        "configured": None if configured is None else values(configured),
         "closest": None if found.closest is None else values(found.closest),
         "obstacles": found.obstacles,
     }
@@ -195,6 +209,8 @@ def _memory(config: Config, hardware: Hardware) -> tuple[str, list[str]]:
     lines.append(f"{'total':<32}{_bytes(estimate.total):>12}")
     if hardware.memory_bytes is not None:
         lines.append(_verdict(config, estimate, hardware.memory_bytes))
+    elif estimate.total > LARGEST_BYTES:
+        lines.append("more than any single device has: --gpus N --gpu-memory 80GB finds layouts that fit")
     return "Memory of the fullest rank, estimated", lines
 
 
@@ -217,9 +233,9 @@ def _recomputation(config: Config) -> tuple[str, list[str]]:
         group = asked.group if asked.recompute == "full" and asked.group > 1 else None
         is_asked = name == (f"full, every {group} blocks" if group else asked.recompute)
         mark = "   as configured" if is_asked else ""
-        activations = estimate.components.get("activations", 0) + estimate.components.get("working memory", 0)
-        lines.append(f"{name:<32}{_bytes(estimate.total):>12}   activations {_bytes(activations)}{mark}")
-    return "Memory by recomputation (recompute_activations)", lines
+        lines.append(f"{name:<32}{_bytes(estimate.total):>12}  {_bytes(estimate.activations):>12}{mark}")
+    heading = f"{'':<32}{'total':>12}  {'activations':>12}"
+    return "Memory by recomputation (recompute_activations)", [heading, *lines]
 
 
 def _flops(config: Config) -> tuple[str, list[str]]:
@@ -238,7 +254,7 @@ def _tokens(config: Config) -> tuple[str, list[str]]:
         tokens = iters * per_step
         lines.append(f"{tokens:,} tokens in all over {iters:,} steps; {_count(tokens * flops)} FLOPs")
         ratio = tokens / count_parameters(config).unique
-        lines.append(f"{ratio:.1f} tokens per parameter")
+        lines.append(f"{ratio:.2g} tokens per parameter" if ratio < 1 else f"{ratio:.1f} tokens per parameter")
     lines += [_use(use) for use in dataset_uses(config)]
     schedule, optimizer = config.schedule, config.optimizer
     if optimizer.lr is not None and schedule.lr_decay_iters:

@@ -76,7 +76,7 @@ def test_it_says_what_fits_and_what_does_not(plan: Plan) -> None:
     assert "fits into 80.00 GB" in plan("--gpu-memory", "80GB")
     more = "device: cpu\nnum_layers: 40\ntrain_micro_batch_size_per_gpu: 16\n"
     ways = json.loads(plan("--json", more=more))["memory_bytes"]["by_recomputation"]
-    text = plan("--gpu-memory", f"{(ways['none'] + ways['full']) / 2e6:.0f}MB", more=more)
+    text = plan("--gpu-memory", f"{(ways['none']['total'] + ways['full']['total']) / 2e6:.0f}MB", more=more)
     assert "DOES NOT FIT into" in text
     assert "too much, most of it activations" in text
     assert "It would fit with recomputation: full" in text
@@ -103,7 +103,10 @@ def test_layouts_for_a_number_of_gpus(plan: Plan) -> None:
     assert "pipe_parallel_size: 1" in text
     values: dict[str, Any] = json.loads(plan("--gpus", "8", "--gpu-memory", "80GB", "--json"))
     assert values["memory_bytes"]["fits"] is True
-    best = values["search"]["best"][0]
+    best, own = values["search"]["best"][0], values["search"]["configured"]
+    assert 0 < own["relative_speed"] <= 1
+    assert own["layout"]["dp"] == 8
+    assert "as configured, pp 1, tp 1, dp 8" in text
     assert best["relative_speed"] == 1.0
     assert best["layout"]["dp"] * best["layout"]["tp"] * best["layout"]["stages"] == 8
     assert text == plan("--gpus", "8", "--gpu-memory", "80GB")

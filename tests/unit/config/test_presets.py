@@ -9,6 +9,9 @@ import yaml
 
 from megatron.config import load
 from megatron.config.plan import count_parameters, plan_text
+from megatron.config.plan.parameters import parameters
+from megatron.model.build import build_model
+from megatron.model.from_config import model_spec
 
 OVERLAYS = {"local_setup", "local_setup_wandb", "text_generation"}
 SHIPPED = sorted(path for path in Path("configs").rglob("*.yml"))
@@ -132,3 +135,13 @@ def test_quickstart_is_a_small_neox_on_two_processes() -> None:
     assert config.model.gpt_j_residual
     assert config.model.no_weight_tying
     assert (config.model.init_method, config.model.output_layer_init_method) == ("small_init", "wang_init")
+
+
+@pytest.mark.parametrize("name", [*COUNTS, "quickstart"])
+def test_the_plan_lists_the_parameters_of_the_real_model(name: str) -> None:
+    changes = {"padded_vocab_size": 4096, "device": "cpu"} if name == "quickstart" else {}
+    config = load([f"configs/{name}.yml"], changes, planning=True)
+    model = build_model(model_spec(config), device="meta")
+    real = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    assert {parameter.name: parameter.shape for parameter in parameters(config)} == real
+    assert count_parameters(config).unique == sum(parameter.numel() for parameter in model.parameters())

@@ -31,6 +31,7 @@ def layer_states(model: Transformer, tp: int, names: dict[str, str], grouped: st
     norm = "scale" if spec.norm == "rmsnorm" else "weight"
     ranks: list[dict[int, Any]] = []
     for r in range(tp):
+
         def cut(name: str, dim: int = 0, r: int = r) -> torch.Tensor:
             return weights[name].chunk(tp, dim)[r].clone()
 
