@@ -13,7 +13,12 @@ from megatron.common import errors
 from tests.meta.source_tree import ROOT
 from tools.quickstart import STEPS
 
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "requirements" / "README.md"]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "docs" / "clusters.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "requirements" / "README.md",
+]
 
 
 def commands(path: Path) -> Iterator[str]:
