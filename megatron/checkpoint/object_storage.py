@@ -25,7 +25,7 @@ class ObjectStorage(Storage):
     def flush_directory(self, path: Address) -> None:
         """Nothing: an object that was accepted is there to stay."""
 
-    def write_file(self, path: Address, chunks: Iterable[bytes | memoryview]) -> int:
+    def write_file(self, path: Address, chunks: Iterable[bytes | memoryview], *, is_lasting: bool = True) -> int:
         """Send the chunks as one object; return the number of bytes. Raises: OSError that names the address."""
         total = 0
         stream = path.call("open", "wb", block_size=_PART_BYTES)
@@ -47,7 +47,7 @@ class ObjectStorage(Storage):
             raise remote_error(error, path) from error
         return total
 
-    def replace_text(self, path: Address, text: str) -> None:
+    def replace_text(self, path: Address, text: str, *, is_lasting: bool = True) -> None:
         """Give the object new content in one request."""
         self.write_file(path, [text.encode()])
 

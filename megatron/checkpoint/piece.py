@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,8 @@ DTYPE_NAMES = {
 }
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _CHUNK_BYTES = 1 << 24
+# Below this, handing the work to another thread costs more than doing it.
+_OVERLAP_BYTES = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -130,19 +133,26 @@ def encode(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
-    for key, tensor, entry in ordered:
-        if loads and key in loads:
-            made = loads[key]()
-            assert (made.shape, made.dtype) == (tensor.shape, tensor.dtype)
-            tensor = made
-        data = host_bytes(tensor)
-        entry["offset"] += 8 + len(text)
-        entry["crc32"] = 0
-        for begin in range(0, len(data), _CHUNK_BYTES):
-            chunk = data[begin : begin + _CHUNK_BYTES]
-            entry["crc32"] = zlib.crc32(chunk, entry["crc32"])
-            beat()
-            yield chunk
+    with ThreadPoolExecutor(1, thread_name_prefix="checksum") as counting:
+        for key, tensor, entry in ordered:
+            if loads and key in loads:
+                made = loads[key]()
+                assert (made.shape, made.dtype) == (tensor.shape, tensor.dtype)
+                tensor = made
+            data = host_bytes(tensor)
+            entry["offset"] += 8 + len(text)
+            entry["crc32"] = 0
+            for begin in range(0, len(data), _CHUNK_BYTES):
+                chunk = data[begin : begin + _CHUNK_BYTES]
+                beat()
+                if len(chunk) < _OVERLAP_BYTES:
+                    entry["crc32"] = zlib.crc32(chunk, entry["crc32"])
+                    yield chunk
+                    continue
+                # Neither crc32 nor write holds the interpreter's lock: the caller writes while this thread counts.
+                value = counting.submit(zlib.crc32, chunk, entry["crc32"])
+                yield chunk
+                entry["crc32"] = value.result()
 
 
 def index_entries(pieces: Sequence[Piece], rank_tensors: Mapping[str, torch.Tensor]) -> dict[str, list[dict[str, Any]]]:

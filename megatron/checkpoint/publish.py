@@ -55,10 +55,10 @@ class RenamePublication:
             if replaced.exists():
                 disk.remove_tree(replaced)
             disk.rename(self.folder, replaced)
-        disk.replace_text(self.root / PUBLISHING, self.folder.name)
+        # The marker serves a process that is killed here. After a power cut without it, the previous one is loaded.
+        disk.replace_text(self.root / PUBLISHING, self.folder.name, is_lasting=False)
         disk.rename(self.work, self.folder)
-        disk.flush_directory(self.root)
-        disk.replace_text(self.root / LATEST, self.folder.name)
+        disk.replace_text(self.root / LATEST, self.folder.name)  # flushes the folder's new name as well
         disk.unlink(self.root / PUBLISHING)
 
     def abandon(self) -> None:

@@ -1,13 +1,13 @@
 """Saving: every rank writes its own pieces, rank 0 publishes them in one step.
 
-    .global_stepN.tmp/   every rank writes rank_R.safetensors and its index, flushed to the disk
-    agree                rank 0 merges the indices, checks that the tensors are covered exactly once, writes a manifest
-    rename               .global_stepN.tmp -> global_stepN, then `latest`, then old checkpoints are removed
-    agree                every rank knows whether it is done
+    room       all ranks add up their bytes; rank 0 compares with what is free
+    write      every rank writes rank_R.safetensors, flushed to the disk, and its index
+    publish    rank 0 merges the indices, checks that the tensors are covered exactly once, writes the manifest, and
+               makes the folder appear (megatron.checkpoint.publish), then `latest`
+    prune      old checkpoints are removed (megatron.checkpoint.retention)
 
-Nothing is gathered, nothing is pickled. torch.distributed.checkpoint is not used: its files are pickled or its
-metadata is, it writes in place, and it cannot read a flat fragment of a ZeRO partition into another tensor-parallel
-split.
+After each, all ranks learn how it went. Nothing is gathered, nothing is pickled. docs/checkpoints.md says why, and why
+not with torch.distributed.checkpoint.
 Invariant: at any moment of a save, the previous checkpoint can be loaded, and no half-written folder bears a
 checkpoint's name.
 """
@@ -188,7 +188,9 @@ def _write_rank(
     name = manifests.rank_file(rank, place.suffix)
     size = disk.write_file(place.work / name, (chunk for part in ([header], chunks) for chunk in part))
     index["file"] = {"name": name, "bytes": size, "header_bytes": len(header), "header_crc32": zlib.crc32(header)}
-    disk.write_file(place.work / f"rank_{rank:05d}{place.suffix}.index.json", [json.dumps(index).encode()])
+    # Rank 0 reads it in a moment, and then it is gone.
+    path = place.work / f"rank_{rank:05d}{place.suffix}.index.json"
+    disk.write_file(path, [json.dumps(index).encode()], is_lasting=False)
     return size
 
 

@@ -1,7 +1,8 @@
 """The few file operations from which a save is built, one method each, and words for those that fail.
 
 It does not know what is written. Every operation that changes the disk goes through one of the primitives, so that a
-test can stop the world after any of them. Invariant: `write_file` returns only when the bytes are on the disk.
+test can stop the world after any of them. Invariant: `write_file` returns only when the bytes are on the disk,
+unless told that they need not be.
 """
 
 from __future__ import annotations
@@ -62,9 +63,10 @@ class Storage:
         finally:
             os.close(fd)
 
-    def write_file(self, path: Address, chunks: Iterable[bytes | memoryview]) -> int:
+    def write_file(self, path: Address, chunks: Iterable[bytes | memoryview], *, is_lasting: bool = True) -> int:
         """Write the chunks one after the other and flush; return the number of bytes.
 
+        is_lasting: false leaves out the flush, for a file whose loss in a power cut does no harm.
         Raises: OSError that names the file.
         """
         total = 0
@@ -76,17 +78,19 @@ class Storage:
                     total += len(view)
                     while len(view):
                         view = view[self.write(fd, view) :]
-                self.flush(fd)
+                if is_lasting:
+                    self.flush(fd)
             finally:
                 os.close(fd)
         return total
 
-    def replace_text(self, path: Address, text: str) -> None:
-        """Give the file `path` new content in one step."""
+    def replace_text(self, path: Address, text: str, *, is_lasting: bool = True) -> None:
+        """Give the file `path` new content in one step. is_lasting: as in `write_file`."""
         temporary = path.with_name(f".{path.name}.tmp")
-        self.write_file(temporary, [text.encode()])
+        self.write_file(temporary, [text.encode()], is_lasting=is_lasting)
         self.rename(temporary, path)
-        self.flush_directory(path.parent)
+        if is_lasting:
+            self.flush_directory(path.parent)
 
     # --- what it knows ---
 

@@ -63,7 +63,7 @@ class BrokenDisk(Storage):
     [
         (BrokenDisk(errno.ENOSPC), r"no space left on the device while writing .*rank_00000.safetensors. "
          r"The checkpoint needs 1\d.\d\d kB; 1.00 GB are free in"),
-        (BrokenDisk(errno.ENOSPC, "flush", "index"), "no space left on the device while writing .*index.json"),
+        (BrokenDisk(errno.ENOSPC, "write", "index"), "no space left on the device while writing .*index.json"),
         (BrokenDisk(errno.ENOSPC, "write", "manifest"), "no space left on the device while writing .*manifest.json"),
         (BrokenDisk(errno.EDQUOT), "the disk quota is exceeded while writing .*The checkpoint needs"),
         (BrokenDisk(errno.EROFS, "make_directory"), "is on a read-only file system"),

@@ -113,7 +113,7 @@ class MortalStorage(ObjectStorage):
         self.left -= 1
         self.done.append(what)
 
-    def write_file(self, path: Any, chunks: Any) -> int:
+    def write_file(self, path: Any, chunks: Any, *, is_lasting: bool = True) -> int:
         self._step(f"write {path.name}")
         return super().write_file(path, chunks)
 
