@@ -134,29 +134,32 @@ def _compare(folder: Path, options: argparse.Namespace) -> None:
         "our load, verified": lambda: read_ours(True),
         "our load alone": lambda: read_ours(False),
     }
-    shuffled = random.Random(0)
     print(f"{len(tensors)} tensors, {num_bytes / 1e6:.0f} MB on {options.device}, {options.rounds} rounds, in {folder}")
-    for group, first in ((writers, "plain write and fsync"), (readers, "plain read")):
-        seconds: dict[str, list[float]] = {name: [] for name in group}
-        for number in range(options.rounds + 1):
-            for name in shuffled.sample(list(group), len(group)):
-                if group is writers:
-                    clean(name)
-                elif options.cold:
-                    _drop(folder)
-                started = time.perf_counter()
-                group[name]()
-                if number:  # the first round warms up
-                    seconds[name].append(time.perf_counter() - started)
-        medians = {name: statistics.median(values) for name, values in seconds.items()}
-        for name, median in medians.items():
-            print(
-                f"{name:>22}: {median:7.3f} s, {num_bytes / median / 1e6:7.0f} MB/s, "
-                f"{medians[first] / median:5.2f} x {first}"
-            )
-        if group is writers:
-            stall = medians["background: the copy"] / medians["our save"]
-            print(f"stall of a background save: {stall:.3f} of one that training waits for")
+    medians = _measure(writers, options.rounds, clean)
+    _show(medians, num_bytes, "plain write and fsync")
+    stall = medians["background: the copy"] / medians["our save"]
+    print(f"stall of a background save: {stall:.3f} of one that training waits for")
+    medians = _measure(readers, options.rounds, lambda name: _drop(folder) if options.cold else None)
+    _show(medians, num_bytes, "plain read")
+
+
+def _measure(group: dict[str, Callable[[], object]], rounds: int, before: Callable[[str], object]) -> dict[str, float]:
+    """The median seconds of each, in rounds of a new order; the first round warms up and does not count."""
+    shuffled, seconds = random.Random(0), {name: list[float]() for name in group}
+    for number in range(rounds + 1):
+        for name in shuffled.sample(list(group), len(group)):
+            before(name)
+            started = time.perf_counter()
+            group[name]()
+            if number:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def _show(medians: dict[str, float], num_bytes: int, first: str) -> None:
+    for name, median in medians.items():
+        rate = num_bytes / median / 1e6
+        print(f"{name:>22}: {median:7.3f} s, {rate:7.0f} MB/s, {medians[first] / median:5.2f} x {first}")
 
 
 def _drop(folder: Path) -> None:
