@@ -26,6 +26,32 @@ def check_heads(draft: Draft) -> None:
         )
 
 
+def check_task(draft: Draft) -> None:
+    """A head of labels needs their number, and data that has labels."""
+    task, labels = draft["task"], draft["num_labels"]
+    needs_number = task in ("sequence_classification", "token_classification")
+    if needs_number and labels is None:
+        draft.problem(
+            "task", f"task = {task} needs num_labels. preprocess_labelled.py prints it: set it to that number."
+        )
+    if not needs_number and labels is not None:
+        draft.problem("num_labels", f"num_labels does nothing with task = {task} ({draft.place('task')}). Remove it.")
+    if task == "causal_lm" or draft.inference:
+        return
+    if draft["train_label_data_paths"] is None:
+        draft.problem(
+            "task",
+            f"task = {task} learns from labels: set train_data_paths and train_label_data_paths (and those of valid "
+            "and test) to what tools/datasets/preprocess_labelled.py wrote.",
+        )
+    if draft["pack_impl"] != "unpacked":
+        draft.problem(
+            "task",
+            f"task = {task} needs one document per sequence, not pack_impl = {draft['pack_impl']} "
+            f"({draft.place('pack_impl')}). Set pack_impl: unpacked.",
+        )
+
+
 def check_rotary(draft: Draft) -> None:
     """Rotary embeddings turn pairs of dimensions."""
     width = draft["head_dim"]
@@ -161,6 +187,7 @@ def check_unused(draft: Draft) -> None:
 
 ARCHITECTURE_RULES = (
     check_heads,
+    check_task,
     check_rotary,
     check_rope_scaling,
     check_positions,

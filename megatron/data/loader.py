@@ -55,6 +55,7 @@ class BatchLoader:
         eod_id: int | None = None,
         num_workers: int = 0,
         vocab_size: int | None = None,
+        num_labels: int | None = None,
     ) -> None:
         if eod_mask_loss and eod_id is None:
             raise ValueError("eod_mask_loss needs the id of the end-of-document token")
@@ -62,7 +63,7 @@ class BatchLoader:
         self.micro_batch_size, self.num_micro_batches = micro_batch_size, num_micro_batches
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self._masked_token = eod_id if eod_mask_loss else None
-        self._vocab_size = vocab_size
+        self._vocab_size, self._num_labels = vocab_size, num_labels
         self._ahead: dict[int, Future[list[Batch]]] = {}
         self._lock = threading.Lock()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="batch-loader") if num_workers > 0 else None
@@ -116,6 +117,12 @@ class BatchLoader:
         self.dataset.read_into(positions, tokens, labels)
         if self._vocab_size is not None:
             self._check_tokens(tokens, positions, self._vocab_size)
+        if self._num_labels is not None and labels is not None and int(labels.max()) >= self._num_labels:
+            row = int(np.argmax((labels >= self._num_labels).any(axis=1)))
+            raise DataError(
+                f"sample {int(positions[row])} has label {int(labels[row].max())}; num_labels = {self._num_labels} "
+                "means 0 to one less. Set num_labels to what preprocess_labelled.py printed for this data."
+            )
         parts = [slice(start, start + rows) for start in range(0, len(positions), rows)]
         return [self._batch(tokens[p], labels[p] if labels is not None else None, positions[p]) for p in parts]
 

@@ -18,7 +18,8 @@ from megatron.model.build import HEAD, WORD_EMBEDDING, NamedLayer, Transformer, 
 from megatron.model.layers import TransformerBlock, whole_sequences
 from megatron.model.recompute import Recompute, grouped
 from megatron.model.spec import ModelSpec
-from megatron.objectives.language_model import language_model_loss
+from megatron.objectives.labels import label_loss, span_counts, span_loss
+from megatron.objectives.language_model import LossTerm, language_model_loss
 from megatron.parallel.process_groups import ProcessGroups
 from megatron.parallel.random_streams import RandomStream
 from megatron.parallel.topology import Topology
@@ -31,6 +32,28 @@ _FILLERS = {"filler_with_decay": "stage_filler.weight", "filler_without_decay": 
 def deepspeed_topology(topology: Topology) -> PipeModelDataParallelTopology:
     """The same grid in DeepSpeed's terms (its rank order is ours: pipe, data, model)."""
     return PipeModelDataParallelTopology(num_pp=topology.pp_size, num_mp=topology.tp_size, num_dp=topology.dp_size)
+
+
+def loss_term(
+    spec: ModelSpec,
+    groups: ProcessGroups,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    loss_mask: torch.Tensor,
+) -> LossTerm:
+    """The loss of the model's task. Shapes: hidden [B, S, H], weight and bias of the head, labels, loss_mask [B, S]."""
+    if spec.task == "causal_lm":
+        return language_model_loss(
+            hidden, weight, labels, loss_mask, vocab_size=spec.vocab_size, groups=groups, bias=bias
+        )
+    return (span_loss if spec.task == "question_answering" else label_loss)(hidden, weight, labels, loss_mask, bias)
+
+
+def counted(spec: ModelSpec, labels: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
+    """1 where something stands that the loss sums up, a token or an answer. Shapes: [B, S] -> float [B, S]."""
+    return span_counts(labels, loss_mask) if spec.task == "question_answering" else loss_mask
 
 
 class LossModule(nn.Module):
@@ -46,14 +69,8 @@ class LossModule(nn.Module):
         """The scaled loss of one micro-batch. Shapes: tokens, labels, loss_mask [B, T], denominator [] -> []."""
         model = self.model
         hidden = model(tokens)
-        term = language_model_loss(
-            hidden,
-            model.output_weight,
-            labels,
-            loss_mask,
-            vocab_size=model.spec.vocab_size,
-            groups=model.groups,
-            bias=model.output_bias,
+        term = loss_term(
+            model.spec, model.groups, hidden, model.output_weight, model.output_bias, labels, loss_mask
         )
         return term.sum / denominator
 
@@ -119,14 +136,14 @@ class StagedModule(PipelineModule):
         owner = (
             self.tied_modules[_TIED_KEY] if self.spec.tied_head else self.get_submodule(str(len(self.layer_names) - 1))
         )
-        term = language_model_loss(
+        term = loss_term(
+            self.spec,
+            self.groups,
             whole_sequences(hidden, self.groups),
             owner.get_parameter("weight"),
+            owner.get_parameter("bias") if self.spec.head_bias else None,
             labels,
             loss_mask,
-            vocab_size=self.spec.vocab_size,
-            groups=self.groups,
-            bias=owner.get_parameter("bias") if self.spec.head_bias else None,
         )
         return term.sum / denominator
 

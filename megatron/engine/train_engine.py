@@ -21,6 +21,7 @@ from megatron.data.loader import Batch
 from megatron.engine.modules import (
     LossModule,
     StagedModule,
+    counted,
     deepspeed_topology,
     external_parameters,
     public_names,
@@ -226,7 +227,7 @@ class TrainEngine:
             tuple(tensor.to(self.device, non_blocking=True) for tensor in (batch.tokens, batch.labels, batch.loss_mask))
             for batch in batches
         ]
-        masks = [loss_mask for _, _, loss_mask in moved]
+        masks = [counted(self.spec, labels, loss_mask) for _, labels, loss_mask in moved]
         denominators = loss_denominators(masks, self.options.loss_normalization, self.groups)
         return [(*tensors, denominator) for tensors, denominator in zip(moved, denominators, strict=True)]
 

@@ -14,9 +14,12 @@ from megatron.common.errors import ConfigError
 from megatron.config import Config
 from megatron.convert.foreign import AnyReader
 from megatron.convert.open import require_weights
+from megatron.data.indexed import IndexedDataset
+from megatron.data.token_dataset import open_labels
 from megatron.engine.modules import LossModule
 from megatron.engine.train_engine import TrainEngine
 from megatron.evaluation import results as views
+from megatron.evaluation.labelled import evaluate_labelled
 from megatron.evaluation.run import evaluate_tasks, load_tasks
 from megatron.inference.session import join_ranks, leave_ranks, load_trained
 from megatron.model.from_config import model_spec
@@ -31,7 +34,13 @@ def evaluate_from_config(config: Config) -> int:
     """
     names, step = config.evaluation.eval_tasks, config.checkpoint.iteration
     folder = config.checkpoint.load or config.checkpoint.save
-    if not names:
+    is_labelled = config.model.task != "causal_lm"
+    if is_labelled and names:
+        raise ConfigError(
+            f"eval_tasks are for language models; this one is for {config.model.task}: remove eval_tasks, and its "
+            "labelled test data (else the validation data) is scored"
+        )
+    if not names and not is_labelled:
         raise ConfigError("eval_tasks is not set: say what to run, for example --eval_tasks stdlib_completion")
     if folder is not None:
         require_weights(folder, step)  # a wrong folder shows before anything costs time
@@ -39,7 +48,8 @@ def evaluate_from_config(config: Config) -> int:
     ranks = join_ranks(config.parallel.model_parallel_size)
     opened: list[AnyReader] = []
     try:
-        tasks = load_tasks(names, ranks.groups, ranks.device)
+        tasks = load_tasks(names, ranks.groups, ranks.device) if names else None
+        labelled = _labelled_data(config) if is_labelled else {}
         model = load_trained(
             ranks,
             folder,
@@ -51,24 +61,40 @@ def evaluate_from_config(config: Config) -> int:
             opened.append,
         )
         reader = opened[0]
-        results = evaluate_tasks(
-            model,
-            tokenizer,
-            tasks,
-            batch_size=config.batch.train_micro_batch_size_per_gpu,
-            max_length=config.model.seq_length,
-            info={
-                "checkpoint": str(reader.folder),
-                "step": reader.step,
-                "model_num_parameters": sum(reader.spec(name).shard_numel(1) for name in reader.names()),
-                "tokenizer": tokenizer.fingerprint,
-            },
-        )
+        info = {
+            "checkpoint": str(reader.folder),
+            "step": reader.step,
+            "model_num_parameters": sum(reader.spec(name).shard_numel(1) for name in reader.names()),
+            "tokenizer": tokenizer.fingerprint,
+        }
+        batch_size, max_length = config.batch.train_micro_batch_size_per_gpu, config.model.seq_length
+        results: dict[str, Any] | None
+        if tasks is None:
+            results = evaluate_labelled(model, labelled, batch_size=batch_size, max_length=max_length, info=info)
+            results = results if ranks.groups.is_main else None
+        else:
+            results = evaluate_tasks(model, tokenizer, tasks, batch_size=batch_size, max_length=max_length, info=info)
         if results is not None:
             _publish(config, results, reader.step)
     finally:
         leave_ranks()
     return 0
+
+
+def _labelled_data(config: Config) -> dict[str, tuple[IndexedDataset, IndexedDataset]]:
+    """Token and label files of the test set, or of the validation set where there is none, by prefix."""
+    for part in ("test", "valid"):
+        prefixes, labels = getattr(config.data, f"{part}_data_paths"), getattr(config.data, f"{part}_label_data_paths")
+        if prefixes and labels:
+            opened = {prefix: IndexedDataset(prefix) for prefix in prefixes}
+            return {
+                prefix: (tokens, open_labels(label, tokens))
+                for (prefix, tokens), label in zip(opened.items(), labels, strict=True)
+            }
+    raise ConfigError(
+        f"task = {config.model.task}: set test_data_paths and test_label_data_paths (or those of valid): there is "
+        "nothing to score"
+    )
 
 
 def training_scorer(config: Config, engine: TrainEngine) -> Callable[[], dict[str, float]] | None:

@@ -26,6 +26,11 @@ def generate_from_config(config: Config) -> int:
     Raises: DataError, CheckpointError, ConfigError; no output is written then.
     """
     section = config.generation
+    if config.model.task != "causal_lm":
+        raise ConfigError(
+            f"task = {config.model.task}: this model predicts labels, not text. Score it with evaluate.py, or remove "
+            "task and load the language model it was made from."
+        )
     kind = section.text_gen_type or ("input-file" if section.sample_input_file else "unconditional")
     prompts = _prompts(config, kind)
     if kind != "interactive":

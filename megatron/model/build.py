@@ -130,8 +130,13 @@ class Transformer(nn.Module):
         return self.get_parameter(f"{HEAD}.bias") if self.spec.head_bias else None
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits over the real vocabulary, whole on every rank, to infer. Shapes: [..., H] -> [..., vocab_size]."""
+        """Logits over the real vocabulary (or the labels), whole on every rank, to infer.
+
+        Shapes: [..., H] -> [..., vocab_size or num_labels].
+        """
         local = linear(hidden, self.output_weight, self.output_bias)
+        if self.spec.task != "causal_lm":
+            return local
         return gather_last_dim(local, self.groups.tp)[..., : self.spec.vocab_size]
 
 
@@ -159,7 +164,9 @@ def parameter_names(spec: ModelSpec) -> list[str]:
 
 def vocabulary_parameters(spec: ModelSpec) -> list[str]:
     """The parameters whose first dimension is the padded vocabulary."""
-    heads = [] if spec.tied_head else [f"{HEAD}.weight", *([f"{HEAD}.bias"] if spec.head_bias else [])]
+    if spec.tied_head or spec.task != "causal_lm":
+        return [f"{WORD_EMBEDDING}.weight"]
+    heads = [f"{HEAD}.weight", *([f"{HEAD}.bias"] if spec.head_bias else [])]
     return [f"{WORD_EMBEDDING}.weight", *heads]
 
 

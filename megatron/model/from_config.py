@@ -8,6 +8,8 @@ from megatron.config import Config
 from megatron.config.schema import GATED_ACTIVATIONS, ModelSection, RopeScalingBlock
 from megatron.model.spec import LowRank, ModelSpec, Residual, RopeScaling
 
+# As transformers' heads of these tasks have it.
+_HEAD_BIAS = {"sequence_classification": False, "token_classification": True, "question_answering": True}
 _TANH = {"gelu": "gelu_tanh", "geglu": "geglu_tanh"}
 
 
@@ -48,11 +50,13 @@ def model_spec(config: Config) -> ModelSpec:
         rpe_buckets=model.rpe_num_buckets,
         rpe_max_distance=model.rpe_max_distance,
         residual=residual,
-        tied_head=not model.no_weight_tying,
+        tied_head=not model.no_weight_tying and model.task == "causal_lm",
         attention_bias=model.use_bias_in_attn_linear,
         qkv_bias=model.use_bias_in_qkv,
         mlp_bias=model.use_bias_in_mlp,
-        head_bias=model.use_bias_in_head,
+        head_bias=_HEAD_BIAS.get(model.task, model.use_bias_in_head),
+        task=model.task,
+        num_labels=2 if model.task == "question_answering" else model.num_labels or 0,
         qk_norm=model.use_qk_layernorm,
         window=model.sliding_window_width,
         window_layers=None if model.sliding_window_layers is None else tuple(sorted(model.sliding_window_layers)),

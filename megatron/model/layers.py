@@ -156,9 +156,10 @@ class TransformerBlock(nn.Module):
 
 
 class Head(nn.Module):
-    """The output projection's weight [V, H], and bias [V] where it has one.
+    """The output projection's weight [V, H], and bias [V] where it has one; V is num_labels where the task is another
+    than predicting tokens.
 
-    Parallel: both are divided over the tensor-parallel ranks along dim 0.
+    Parallel: both are divided over the tensor-parallel ranks along dim 0; a head of labels is replicated.
 
     It multiplies nothing itself: the objective takes hidden states and weight together, because loss and gradient are
     made chunk by chunk (megatron.ops.cross_entropy), and inference needs logits at the last position only.
@@ -167,8 +168,9 @@ class Head(nn.Module):
     def __init__(self, spec: ModelSpec, groups: ProcessGroups) -> None:
         super().__init__()
         self.groups = groups
-        self.weight = sharded_parameter((spec.padded_vocab_size, spec.hidden_size), 0, groups.tp_size)
-        self.bias = sharded_parameter((spec.padded_vocab_size,), 0, groups.tp_size) if spec.head_bias else None
+        rows, dim = (spec.padded_vocab_size, 0) if spec.task == "causal_lm" else (spec.num_labels, None)
+        self.weight = sharded_parameter((rows, spec.hidden_size), dim, groups.tp_size)
+        self.bias = sharded_parameter((rows,), dim, groups.tp_size) if spec.head_bias else None
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """The identity, so that a pipeline may hold the head as its last layer. Shapes: [B, T, H] -> [B, T, H]."""

@@ -50,12 +50,14 @@ def is_update(name: str) -> bool:
 def is_trained(name: str, spec: ModelSpec, train: Sequence[str], freeze: Sequence[str]) -> bool:
     """Whether a parameter learns: patterns (`*`, `?`, `[...]`) of public names, `freeze` before `train`.
 
-    Without `train`: the low-rank matrices where there are any, else everything.
+    Without `train`: the low-rank matrices where there are any, and a head of labels; else everything.
     """
     if any(fnmatch.fnmatchcase(name, pattern) for pattern in freeze):
         return False
     if spec.lora is not None and is_update(name):
         return True
+    if spec.lora is not None and spec.task != "causal_lm" and name.startswith("head."):
+        return True  # a new head has nothing to update
     if train or spec.lora is not None:
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in train)
     return True

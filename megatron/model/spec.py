@@ -13,6 +13,7 @@ from typing import Any, Literal
 Norm = Literal["layernorm", "rmsnorm", "scalenorm", "non_parametric_layernorm"]
 PositionEmbedding = Literal["rotary", "learned", "sinusoidal", "alibi", "rpe", "none"]
 Residual = Literal["sequential", "parallel", "parallel_tied"]
+Task = Literal["causal_lm", "sequence_classification", "token_classification", "question_answering"]
 RopeKind = Literal["linear", "llama3", "yarn"]
 
 
@@ -78,6 +79,8 @@ class ModelSpec:
     qk_norm: queries and keys are normalised head by head, before the rotation (use_qk_layernorm; Qwen3).
     window: a token sees itself and that many before it (sliding_window_width); window_layers: only in these layers
         (None: in all).
+    task, num_labels: causal_lm predicts the next token; the others have a head of num_labels outputs of its own:
+        for the last token of a sequence, for every token, or for the start and the end of an answer.
     lora: low-rank updates beside the weights, or None.
     embedding_scale: what the word embeddings are multiplied with (scale_embeddings: sqrt(H); Gemma).
     """
@@ -120,6 +123,8 @@ class ModelSpec:
     window_layers: tuple[int, ...] | None = None
     embedding_scale: float = 1.0
     lora: LowRank | None = None
+    task: Task = "causal_lm"
+    num_labels: int = 0
 
     def __post_init__(self) -> None:
         # Frozen: what stands for something else is replaced once, here, so that equal models have equal specs.

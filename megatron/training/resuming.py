@@ -7,7 +7,7 @@ that continues is either refused or said, never passed over.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from megatron.checkpoint import Location
@@ -18,6 +18,7 @@ from megatron.convert.neox_layers import GroupedLayout
 from megatron.convert.open import foreign_folder, open_weights
 from megatron.engine.state import import_optimizer, import_weights
 from megatron.engine.train_engine import TrainEngine
+from megatron.model.build import HEAD
 from megatron.model.lora import is_update
 from megatron.model.spec import ModelSpec
 from megatron.optim.schedule import LearningRateSchedule
@@ -30,6 +31,8 @@ Report = Callable[[str], None]
 _FREE_FIELDS = frozenset(
     {"padded_vocab_size", "attention_dropout", "hidden_dropout", "init_method", "output_init_method", "init_std"}
 )
+# What a head for labels changes of the language model that it is put on.
+_HEAD_FIELDS = ("task", "num_labels", "tied_head", "head_bias")
 # Names of one optimizer: their states are the same.
 _OPTIMIZER_FAMILIES = {"adamw": "adam", "cpu_adam": "adam", "cpu_torch_adam": "adam"}
 _SHOWN_CHARACTERS = 60
@@ -76,7 +79,7 @@ def open_run(engine: TrainEngine, options: LoadOptions, report: Report) -> AnyRe
         return None
     reader = open_weights(
         options.folder,
-        engine.spec,
+        _base_spec(engine.spec),
         options.step,
         grouped=options.grouped,
         part=engine.groups.global_rank,
@@ -101,8 +104,7 @@ def restore_run(
         _check_facts(reader, facts)
         if options.with_optimizer:
             _check_optimizer(reader, facts)
-    is_new = _adds_updates(reader, engine.spec)
-    import_weights(engine, reader, keeps=is_update if is_new else lambda name: False)
+    import_weights(engine, reader, keeps=lambda name: _is_added(reader, engine.spec, name))
     if options.checks_forward:
         check_forward(engine, reader, report)
     if options.weights_only:
@@ -212,9 +214,19 @@ def _restore_rng(engine: TrainEngine, reader: AnyReader, step: int, report: Repo
     restore(states)
 
 
-def _adds_updates(reader: AnyReader, spec: ModelSpec) -> bool:
-    """Whether the run puts low-rank updates beside weights that were saved without any."""
-    return spec.lora is not None and reader.state.get("model_spec", {}).get("lora") is None
+def _base_spec(spec: ModelSpec) -> ModelSpec:
+    """The plain language model that a fine-tuned one starts from, as another program would have saved it."""
+    if spec.task != "causal_lm":
+        spec = replace(spec, task="causal_lm", num_labels=0, head_bias=False)
+    return replace(spec, lora=None)
+
+
+def _is_added(reader: AnyReader, spec: ModelSpec, name: str) -> bool:
+    """Whether the run adds a parameter to those that were saved: a low-rank update, or a head for another task."""
+    saved = reader.state.get("model_spec", {})
+    if is_update(name):
+        return saved.get("lora") is None
+    return name.startswith(f"{HEAD}.") and saved.get("task", "causal_lm") == "causal_lm" != spec.task
 
 
 def _check_model(reader: AnyReader, spec: ModelSpec, weights_only: bool) -> None:
@@ -230,8 +242,11 @@ def _check_model(reader: AnyReader, spec: ModelSpec, weights_only: bool) -> None
             f"{reader.folder} has no low-rank updates (LoRA), the config has lora_rank. Set finetune: true to start "
             "training updates of these weights."
         )
-    if _adds_updates(reader, spec):
+    if weights_only and saved.get("lora") is None:
         mine["lora"] = None
+    if weights_only and saved.get("task") == "causal_lm":
+        for name in _HEAD_FIELDS:
+            mine[name] = saved.get(name)
     differing = [
         f"{name}: checkpoint {saved.get(name)!r}, config {mine.get(name)!r}"
         for name in sorted({*saved, *mine} - _FREE_FIELDS)

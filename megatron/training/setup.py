@@ -372,6 +372,8 @@ def _loaders(
             eod_id=tokenizer.eod_id,
             num_workers=config.data.num_workers,
             vocab_size=config.tokenizer.vocab_size,
+            # A question's labels are two bits; a language model's are tokens.
+            num_labels=4 if config.model.task == "question_answering" else config.model.num_labels,
         )
 
     assert datasets.train is not None

@@ -114,6 +114,16 @@ def global_batch(step: int, case: Case) -> tuple[torch.Tensor, torch.Tensor, tor
         rows = case.micro_batch if case.masked_rows is None else case.masked_rows
         if rows < case.global_batch:
             mask[:rows] = 0.0
+    spec = tiny_spec(**case.spec)
+    if spec.task == "question_answering":
+        places = torch.rand(case.global_batch, case.seq_length, generator=generator).argsort(1)[:, :2].sort(1).values
+        labels = torch.zeros(case.global_batch, case.seq_length, dtype=torch.int64)
+        labels.scatter_(1, places[:, :1], 1)
+        labels.scatter_add_(1, places[:, 1:], torch.full_like(places[:, 1:], 2))
+        return text[:, :-1].contiguous(), labels, mask
+    if spec.task != "causal_lm":
+        labels = torch.randint(0, spec.num_labels, mask.shape, generator=generator)
+        return text[:, :-1].contiguous(), labels, mask
     return text[:, :-1].contiguous(), text[:, 1:].contiguous(), mask
 
 

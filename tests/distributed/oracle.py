@@ -60,10 +60,37 @@ def oracle_run(case: Case) -> dict[str, Any]:
 def mean_loss(model: Transformer, case: Case, step: int) -> torch.Tensor:
     """The loss of a whole step by the definition: a mean over micro-batches of means, or one mean over all tokens."""
     tokens, labels, mask = global_batch(step, case)
-    logits = F.linear(model(tokens), model.output_weight, model.output_bias)[..., : model.spec.vocab_size]
+    if model.spec.task == "question_answering":
+        return _mean_span_loss(model, case, tokens, labels, mask)
+    classes = model.spec.num_labels or model.spec.vocab_size
+    logits = F.linear(model(tokens), model.output_weight, model.output_bias)[..., :classes]
     per_token = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none") * mask
     if case.normalization == "tokens":
         return per_token.sum() / mask.sum()
     sums = per_token.view(-1, case.micro_batch * case.seq_length).sum(1)
     counts = mask.double().view(-1, case.micro_batch * case.seq_length).sum(1)
     return (sums / counts.clamp(min=1.0)).mean()
+
+
+def _mean_span_loss(
+    model: Transformer, case: Case, tokens: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    """Sequence by sequence: minus the mean log-probability of the answer's first and last token among the unmasked."""
+    scores = F.linear(model(tokens), model.output_weight, model.output_bias)
+    per_sequence, counts = [], []
+    for row in range(len(tokens)):
+        kept = mask[row].bool()
+        start, end = ((labels[row] & bit).nonzero()[:, 0] for bit in (1, 2))
+        is_answered = bool(kept[start].all() and kept[end].all())
+        loss = scores[row].sum() * 0.0
+        if is_answered:
+            for place, at in ((0, start), (1, end)):
+                column = scores[row, :, place].masked_fill(~kept, torch.finfo(torch.float32).min)
+                loss = loss - column.log_softmax(0)[at[0]] / 2
+        per_sequence.append(loss)
+        counts.append(float(is_answered))
+    losses, answered = torch.stack(per_sequence), torch.tensor(counts, dtype=torch.float64)
+    if case.normalization == "tokens":
+        return losses.sum() / answered.sum()
+    micro = answered.view(-1, case.micro_batch).sum(1).clamp(min=1.0)
+    return (losses.view(-1, case.micro_batch).sum(1) / micro).mean()

@@ -58,6 +58,14 @@ class ModelSection(Section):
     """The architecture."""
 
     num_layers: Int = key(None, "Transformer blocks. Required.", gt=0)
+    task: Literal["causal_lm", "sequence_classification", "token_classification", "question_answering"] = key(
+        "causal_lm",
+        "What the head predicts: the next token; a label for the sequence, from its last token; a label for every "
+        "token; or where in the text an answer begins and ends. Data for the last three: "
+        "tools/datasets/preprocess_labelled.py.",
+        ours=True,
+    )
+    num_labels: Int | None = key(None, "Labels of sequence_classification and token_classification.", ours=True, gt=1)
     hidden_size: Int = key(None, "Width of the residual stream. Required; a multiple of num_attention_heads.", gt=0)
     num_attention_heads: Int = key(None, "Query heads. Required; a multiple of model_parallel_size.", gt=0)
     head_dim: Int = key(None, "Width of one head. Unset: hidden_size / num_attention_heads.", gt=0, ours=True)
