@@ -186,4 +186,5 @@ def _watch_gradients(engine: TrainEngine, finding: Finding) -> Iterator[Any]:
         return hook
 
     for name, parameter in engine.named_parameters:
-        yield parameter.register_hook(see(name))
+        if parameter.requires_grad:
+            yield parameter.register_hook(see(name))

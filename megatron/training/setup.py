@@ -47,7 +47,7 @@ from megatron.training.plan import RunPlan, SaveSchedule
 from megatron.training.profiling import StepProfiler
 from megatron.training.reliability.anomaly import AnomalyOptions, AnomalyPolicy
 from megatron.training.reliability.signals import StopRequest
-from megatron.training.reliability.watchdog import Watchdog
+from megatron.training.reliability.watchdog import start_watchdog
 from megatron.training.reporting import Reporter
 from megatron.training.resuming import (
     OPTIMIZER,
@@ -71,6 +71,17 @@ def build_run(config: Config, asked: Callable[[], int] = lambda: 0) -> Run:
     """
     device = start_distributed(config.launcher.device)
     watchdog = start_watchdog(config.training.watchdog_timeout_s)
+    try:
+        run = _build(config, asked, device)
+    except BaseException:
+        if watchdog is not None:
+            watchdog.stop()
+        raise
+    run.watchdog = watchdog
+    return run
+
+
+def _build(config: Config, asked: Callable[[], int], device: torch.device) -> Run:
     reach("building the run")
     groups = ProcessGroups.build(
         topology(config),
@@ -111,7 +122,6 @@ def build_run(config: Config, asked: Callable[[], int] = lambda: 0) -> Run:
         position,
         stop=StopRequest(asked, limit_mins=config.training.exit_duration_in_mins),
     )
-    run.watchdog = watchdog
     run.anomalies = AnomalyPolicy(anomaly_options(config))
     _add_watchers(run, config, groups, tokenizer)
     if config.training.check_replicas:
@@ -255,18 +265,6 @@ def build_reporter(config: Config, plan: RunPlan, groups: ProcessGroups, device:
     )
     recorder = build_recorder(config, run_folder(config), groups.is_main)
     return Reporter(plan, recorder, throughput, is_main=groups.is_main)
-
-
-def start_watchdog(timeout_s: float) -> Watchdog | None:
-    """Watch for hangs from here on; None where the key says 0."""
-    if not timeout_s:
-        return None
-    several = dist.get_world_size() > 1
-    # A connection of its own: a rank that waits in the store holds the common one.
-    store = dist.distributed_c10d._get_default_store().clone() if several else None  # type: ignore[attr-defined]
-    watchdog = Watchdog(timeout_s, dist.get_rank(), dist.get_world_size(), store)
-    watchdog.start()
-    return watchdog
 
 
 def anomaly_options(config: Config) -> AnomalyOptions:

@@ -25,7 +25,19 @@ def _equal(one: Path, step: int, other: Path, other_step: int) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-@pytest.mark.parametrize("layout", [{}, {"pipe_parallel_size": 2, "precision": "bfloat16"}])
+OFFLOADED = {"device": "cpu"}
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {},
+        {"pipe_parallel_size": 2, "precision": "bfloat16"},
+        {"zero_optimization": {"stage": 2, "offload_optimizer": OFFLOADED}},
+        pytest.param({"zero_optimization": {"stage": 3, "offload_optimizer": OFFLOADED}}, marks=pytest.mark.full),
+        {"lora_rank": 4, "async_save": True},
+    ],
+)
 def test_a_run_rolls_back_and_passes_over_the_bad_data(ranks: Ranks, tmp_path: Path, layout: dict[str, Any]) -> None:
     path = write_config(tmp_path, **SETTINGS, **layout)
     results = ranks(run_over, 2, str(path), BAD, timeout=120)

@@ -12,15 +12,7 @@ import torch.distributed as dist
 
 from megatron.common.errors import run_main
 from megatron.common.heartbeat import beat, reach
-from megatron.training.reliability.watchdog import Watchdog
-
-
-def watched(timeout_s: float) -> Watchdog:
-    """A watchdog as a run starts it."""
-    store = dist.distributed_c10d._get_default_store().clone()
-    watchdog = Watchdog(timeout_s, dist.get_rank(), dist.get_world_size(), store)
-    watchdog.start()
-    return watchdog
+from megatron.training.reliability.watchdog import start_watchdog
 
 
 def hang(timeout_s: float, rank: int, how: str) -> None:
@@ -33,7 +25,7 @@ def hang(timeout_s: float, rank: int, how: str) -> None:
 
 
 def _hang(timeout_s: float, rank: int, how: str) -> None:
-    watched(timeout_s)
+    start_watchdog(timeout_s)
     for step in range(2):
         reach(f"step {step}")
         dist.barrier()
@@ -55,7 +47,8 @@ def _the_line_that_hangs() -> None:
 
 def work_long(timeout_s: float) -> float:
     """Rank 0 works for three timeouts and gives signs of life, while the others wait for it in a collective."""
-    watchdog = watched(timeout_s)
+    watchdog = start_watchdog(timeout_s)
+    assert watchdog is not None
     started = time.monotonic()
     reach("building")
     if dist.get_rank() == 0:

@@ -21,6 +21,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import IO, Protocol
 
+import torch.distributed as dist
+
 from megatron.common import heartbeat
 from megatron.common.errors import WatchdogError
 
@@ -30,6 +32,18 @@ _LOOKS, _LONGEST_PAUSE_S = 12, 5.0
 _SILENT_PAUSES, _SILENT_S = 3, 1.0
 # Frames of the main thread within these are a wait for other ranks.
 _WAITING = (os.path.join("torch", "distributed"), os.path.join("deepspeed", "comm"))
+
+
+def start_watchdog(timeout_s: float) -> Watchdog | None:
+    """Watch this job for hangs from here on; None where the key is 0. Needs torch.distributed to be started."""
+    if not timeout_s:
+        return None
+    several = dist.get_world_size() > 1
+    # A connection of its own: a rank that waits in the store holds the common one.
+    store = dist.distributed_c10d._get_default_store().clone() if several else None  # type: ignore[attr-defined]
+    watchdog = Watchdog(timeout_s, dist.get_rank(), dist.get_world_size(), store)
+    watchdog.start()
+    return watchdog
 
 
 class Store(Protocol):
