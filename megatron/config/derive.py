@@ -126,16 +126,19 @@ def derive_ffn(draft: Draft) -> None:
             f"expansion_factor and intermediate_size ({draft.place('intermediate_size')}) are both set. Keep one.",
         )
     width = asked if asked is not None else int(factor * hidden) if factor is not None else 4 * hidden
+    asked_width = width
     if draft["activation"] in GATED_ACTIVATIONS:
         pair = int(width * 2 / 3)
         width, joint = round_up(pair // 2, multiple), round_up(pair, 2 * multiple)
         if joint != 2 * width:
             # Upstream builds two matrices that do not fit each other here and fails at the first forward pass.
+            given = "mlp_multiple_of" if draft.is_given("mlp_multiple_of") else "intermediate_size"
             draft.fail(
-                "mlp_multiple_of",
-                f"mlp_multiple_of = {multiple} rounds the gate and up matrices to {joint} columns and the down "
-                "matrix to "
-                f"{width} rows, which do not fit. For a final width X set intermediate_size: X and mlp_multiple_of: X.",
+                given,
+                f"{draft['activation']} takes two thirds of the feed-forward width: int({asked_width} * 2/3) = {pair} "
+                f"columns for gate and up, rounded to {joint} by 2 * mlp_multiple_of = {2 * multiple}; and {pair} // 2 "
+                f"= {pair // 2} rows for down, rounded to {width}; {joint} is not 2 * {width}. For a final width X set "
+                "intermediate_size: X and mlp_multiple_of: X.",
             )
     else:
         width = round_up(width, multiple)

@@ -302,6 +302,8 @@ def check_split(draft: Draft) -> None:
         shares = [float(part) for part in text.replace("/", ",").split(",")]
     except ValueError:
         shares = []
+    if shares and len(shares) <= 3 and sum(shares) == 0:
+        draft.fail("split", f'split = "{text}": the shares add up to 0. Give at least one a part.')
     if not 1 <= len(shares) <= 3 or not all(math.isfinite(s) and s >= 0 for s in shares) or sum(shares) <= 0:
         draft.problem(
             "split",

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron.config import Config
+from megatron.common.errors import ConfigError
+from megatron.config import Config, load
 from megatron.config import layout as layout_module
 
 Tiny = Callable[..., Config]
@@ -208,3 +209,67 @@ def test_wrong_optimizer_params(refused: Refused, params: dict[str, object], mes
     found = refused(optimizer={"type": "Adam", "params": params}, weight_decay=0.1)
     assert message in found
     assert len(found.split("\n")) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "precision: fp16\nbf16: {enabled: true}\n",
+            "my.yml:1: precision = fp16 asks for fp16, and bf16.enabled = true (PATH:2) for bfloat16. Remove one of",
+        ),
+        (
+            "fp16: {enabled: true}\nbf16: {enabled: true}\n",
+            "my.yml:2: bf16.enabled = true asks for bfloat16, and fp16.enabled = true (PATH:1) for fp16. Remove one of",
+        ),
+        (
+            "fp16: {enabled: true, type: bfloat16}\nprecision: fp16\n",
+            "my.yml:2: precision = fp16 asks for fp16, and fp16.type = bfloat16 (PATH:1) for bfloat16. Remove one of",
+        ),
+        (
+            "precision: bf16\nbf16:\n  enabled: false\n",
+            "my.yml:1: precision = bfloat16 contradicts bf16.enabled = false (PATH:3). Remove one of the two.",
+        ),
+        (
+            "precision: fp32\nfp16:\n  fp16: true\n  enabled: true\n",
+            "my.yml:1: precision = fp32 asks for fp32, and fp16.enabled = true (PATH:4) for fp16.",
+        ),
+        (
+            "fp16:\n  fp16: false\n  enabled: true\n",
+            "my.yml:2: fp16.fp16 = false contradicts fp16.enabled = true (PATH:3). Remove fp16.fp16.",
+        ),
+        ("fp16: {enabled: true, type: int8}\n", 'my.yml:1: fp16.type = "int8" is not one of fp16, bfloat16.'),
+        (
+            "deepspeed_extra_args:\n  bf16: {enabled: true}\nprecision: fp16\n",
+            "my.yml:3: precision = fp16 asks for fp16, and bf16.enabled = true (PATH:2) for bfloat16.",
+        ),
+        ("deepspeed_extra_args: {bfloat16: {enabled: true}}\n", "it is the old name of bf16. Use the key bf16."),
+    ],
+)
+def test_contradicting_precisions_name_both_places(write: Callable[[str, str], Path], text: str, message: str) -> None:
+    rest = (
+        "num_layers: 4\nhidden_size: 48\nnum_attention_heads: 6\nseq_length: 32\ntokenizer_type: CharLevelTokenizer\n"
+    )
+    path = write("my.yml", text + rest)
+    with pytest.raises(ConfigError) as caught:
+        load([path], devices=1)
+    assert message.replace("PATH", str(path)) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "precision"),
+    [
+        ({}, "fp32"),
+        ({"fp16": {"enabled": False}, "bf16": {"enabled": True}, "precision": "bfloat16"}, "bfloat16"),
+        ({"fp16": {"fp16": True, "enabled": True}}, "fp16"),
+        ({"fp16": {"type": "bfloat16", "enabled": True}}, "bfloat16"),
+        ({"fp16": {"type": "bfloat16", "enabled": True}, "bf16": {"enabled": True}}, "bfloat16"),
+        ({"fp16": {"type": "fp16"}, "precision": "half"}, "fp16"),
+        ({"deepspeed_extra_args": {"bf16": {"enabled": True}}}, "bfloat16"),
+        ({"precision": "float32", "fp16": {"enabled": False}, "bf16": {"enabled": False}}, "fp32"),
+        ({"precision": "auto", "device": "cpu"}, "fp32"),
+        ({"precision": "auto", "device": "cpu", "bf16": {"enabled": True}}, "bfloat16"),
+    ],
+)
+def test_every_way_of_saying_a_precision(tiny: Tiny, settings: dict[str, object], precision: str) -> None:
+    assert tiny(**settings).precision.precision == precision

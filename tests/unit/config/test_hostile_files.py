@@ -167,7 +167,7 @@ VALUES = [
     ("fp16: {loss_scale: dynamic}\n", 'fp16.loss_scale = "dynamic" must be a number. 0 means dynamic.'),
     ("[a, b]: 3\n", "a key is one word, not a list or a block. Quote it if the brackets belong to it."),
     ("wandb_group: !env NAME\n", "wandb_group has the tag !env, and tags are not read. Write the value itself."),
-    ("seed: {a: 1}\n", "seed = {'a': 1} must be a whole number."),
+    ("seed: {a: 1}\n", 'seed = {"a": 1} must be a whole number.'),
 ]
 
 
