@@ -107,7 +107,7 @@ ADAM = {"type": "Adam", "params": {"lr": 1e-3}}
         (1, {**LISTS, "train_label_data_paths": ["a"]}, "train_label_data_paths has 1 entries"),
         (1, {"split": "a,b"}, "not up to three shares"),
         (1, {"split": "1,2,3,4"}, "not up to three shares"),
-        (1, {"split": "0,0,0"}, "not up to three shares"),
+        (1, {"split": "0,0,0"}, "the shares add up to 0"),
         (2, {"model_parallel_size": 2, "sequence_parallel": True, "seq_length": 33}, "divides seq_length = 33 over"),
         (1, {"include": "a:0"}, "include = a:0 chooses among the hosts of a hostfile"),
         (1, {"pipe_partition_method": "type:["}, "is not parameters, uniform or type:"),
