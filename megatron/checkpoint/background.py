@@ -81,14 +81,15 @@ class BackgroundSaver:
         saved: Saved | None = None
         problem: Exception | None = None
         for pause_s in (*self._pauses_s, None):
-            problem = None
+            before, problem = str(problem), None
             try:
                 saved = work()
                 break
             except CheckpointError as error:
                 problem = error
                 if pause_s is not None:
-                    self._notes.append(f"{error} It is tried again in the background.")
+                    told = f"step {step} failed to be saved again, as before." if str(error) == before else str(error)
+                    self._notes.append(f"{told} It is tried again in the background.")
                     self._hurry.wait(pause_s)
             except Exception as error:  # the other ranks are gone, or a defect: nothing that a second attempt mends
                 problem = error
