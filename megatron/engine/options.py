@@ -39,6 +39,7 @@ class EngineOptions:
     zero: Mapping[str, Any] = field(default_factory=dict)
     loss_normalization: LossNormalization = "micro_batch"
     partition_method: str = "parameters"
+    attention_backend: str = "auto"
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property

@@ -34,6 +34,7 @@ def engine_options(config: Config) -> EngineOptions:
         zero=zero,
         loss_normalization=config.training.loss_normalization,
         partition_method=config.parallel.pipe_partition_method,
+        attention_backend=config.model.attention_backend,
         extra=_pass_through(config),
     )
 

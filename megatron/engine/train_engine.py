@@ -29,7 +29,7 @@ from megatron.engine.modules import (
 )
 from megatron.engine.options import EngineOptions, LossNormalization, deepspeed_config
 from megatron.engine.step_guard import Judge, StepGuard, accept_finite
-from megatron.model.build import NO_RECOMPUTE, Transformer, is_block
+from megatron.model.build import NO_RECOMPUTE, Transformer, choose_attention, is_block
 from megatron.model.init import initialize_parameters
 from megatron.model.recompute import Recompute
 from megatron.model.spec import ModelSpec
@@ -106,6 +106,7 @@ class TrainEngine:
                 if self.is_staged
                 else LossModule(Transformer(spec, groups, self.stream, recompute))
             )
+        choose_attention(self.module, options.attention_backend, device, options.dtype)
         if compile_blocks:
             # Block by block: all share one graph, and what DeepSpeed does between layers stays outside of it.
             for layer in self.module.modules():

@@ -15,7 +15,7 @@ from torch import nn
 from megatron.model.dropout import Dropout
 from megatron.model.norms import Norm
 from megatron.model.spec import ModelSpec
-from megatron.ops.attention import Attention
+from megatron.ops.attention import Attention, Request, select
 from megatron.ops.position_bias import alibi_bias, alibi_slopes, relative_positions, rpe_buckets
 from megatron.ops.rotary import (
     RotaryTable,
@@ -111,7 +111,6 @@ class SelfAttention(nn.Module):
         stream: RandomStream | None = None,
         *,
         window: int | None = None,
-        backend: str = "auto",
     ) -> None:
         super().__init__()
         self.groups = groups
@@ -119,7 +118,7 @@ class SelfAttention(nn.Module):
         self.rotary = rotary
         self.max_positions = spec.max_positions
         self.window = window
-        self.attention = Attention(dropout=spec.attention_dropout, window=window, backend=backend)
+        self.attention = Attention(dropout=spec.attention_dropout, window=window)
         self.dropout = Dropout(spec.attention_dropout, stream, is_divided=groups.tp_size > 1)
         self.is_fused = spec.num_kv_heads == spec.num_heads
         H, bias, attended = spec.hidden_size, bool(spec.qkv_bias), spec.num_heads * spec.head_dim
@@ -174,6 +173,18 @@ class SelfAttention(nn.Module):
         with self.dropout.drawing():
             attended = self.attention(q, k, v, mask=mask, bias=bias, slopes=slopes, training=self.training)
         return attended.transpose(1, 2).reshape(B, T, -1)
+
+    def choose(self, backend: str, device_type: str, dtype: torch.dtype) -> None:
+        """Compute with this backend. Raises: ConfigError if it cannot train this layer there."""
+        dropout = self.attention.dropout
+        request = Request(
+            device_type, dtype, self.head_dim, 1, 1,
+            window=self.window is not None, bias=self.rpe is not None, alibi=self.slopes is not None,
+            dropout=dropout > 0,
+        )  # fmt: skip
+        if backend != "auto":
+            select(request, backend)
+        self.attention = Attention(dropout=dropout, window=self.window, backend=backend)
 
     def _bias(
         self, T: int, S: int, positions: torch.Tensor | None, is_cached: bool, x: torch.Tensor

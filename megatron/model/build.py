@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from megatron.model.attention import KeyValueStore, rotary_table
+from megatron.model.attention import KeyValueStore, SelfAttention, rotary_table
 from megatron.model.init import initialize_parameters
 from megatron.model.layers import Head, PositionEmbedding, TransformerBlock, WordEmbedding, whole_sequences
 from megatron.model.norms import Norm
@@ -160,6 +160,16 @@ def parameter_names(spec: ModelSpec) -> list[str]:
     """The public names of all parameters of a model, in order; nothing is allocated."""
     with torch.device("meta"):
         return [name for name, _ in Transformer(spec, ProcessGroups.single()).named_parameters()]
+
+
+def choose_attention(model: nn.Module, backend: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Let all layers compute attention with this backend ("auto": the best that can).
+
+    Raises: ConfigError naming what the backend lacks, on every rank alike.
+    """
+    for layer in model.modules():
+        if isinstance(layer, SelfAttention):
+            layer.choose(backend, device.type, dtype)
 
 
 def vocabulary_parameters(spec: ModelSpec) -> list[str]:

@@ -107,7 +107,6 @@ class TransformerBlock(nn.Module):
         *,
         layer: int = 0,
         recompute_attention: bool = False,
-        attention_backend: str = "auto",
     ) -> None:
         super().__init__()
         self.residual = spec.residual
@@ -116,9 +115,7 @@ class TransformerBlock(nn.Module):
         self.stream = stream
         self.groups = groups
         self.input_layernorm = Norm(spec, groups)
-        self.attention = SelfAttention(
-            spec, groups, rotary, stream, window=spec.layer_window(layer), backend=attention_backend
-        )
+        self.attention = SelfAttention(spec, groups, rotary, stream, window=spec.layer_window(layer))
         # The tied form has no second norm of its own: both branches read the first one's output.
         self.post_attention_layernorm = Norm(spec, groups) if spec.residual != "parallel_tied" else None
         self.mlp = MLP(spec, groups)

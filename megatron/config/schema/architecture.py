@@ -160,6 +160,14 @@ class ModelSection(Section):
         'Attention of each layer, `[[["flash"], "all"]]` or one name per layer. global and flash are both exact causal '
         "attention, computed by the fastest kernel at hand. Unset: global everywhere.",
     )
+    attention_backend: Literal["auto", "flash", "flex", "sdpa", "eager"] = key(
+        "auto",
+        "What computes attention while training. auto: flash (the flash-attn package) where it is installed, else flex "
+        "(FlexAttention) on CUDA for windows and ALiBi, else sdpa (torch's fused attention); eager is the definition "
+        "in fp32, slow and exact. A named one that cannot serve the model is an error. Generation and evaluation "
+        "choose by themselves.",
+        ours=True,
+    )
     init_method: InitMethod = key(
         "normal", "Initialisation of all matrices but those that write to the residual stream."
     )

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from megatron.common.errors import ConfigError
 from megatron.config import load
 from megatron.config.plan import count_parameters
-from megatron.model.build import Transformer, build_model, layer_list
+from megatron.model.attention import SelfAttention
+from megatron.model.build import Transformer, build_model, choose_attention, layer_list
 from megatron.model.from_config import model_spec
 from megatron.parallel.process_groups import ProcessGroups
 from megatron.parallel.sharding import get_shard_spec
@@ -134,3 +136,19 @@ def test_causal() -> None:
 
 def test_there_are_presets() -> None:
     assert {"20B.yml", "quickstart.yml", "pythia/12B.yml"} <= set(PRESETS)
+
+
+def test_the_asked_attention_backend_is_used_or_refused() -> None:
+    model = build_model(tiny_spec(window=3), seed=1)
+    tokens = torch.arange(9).view(1, 9)
+    plain = model(tokens)
+    choose_attention(model, "eager", torch.device("cpu"), torch.float32)
+    attention = model.get_submodule("layers.1.attention")
+    assert isinstance(attention, SelfAttention)
+    torch.testing.assert_close(model(tokens), plain)
+    assert [backend.name for backend in attention.attention._chosen.values()][-1] == "eager"
+    with pytest.raises(ConfigError, match="attention backend 'flex' cannot serve this model: it does not run on cpu"):
+        choose_attention(model, "flex", torch.device("cpu"), torch.float32)
+    rpe = build_model(tiny_spec(position="rpe", rotary_dims=0))
+    with pytest.raises(ConfigError, match="'flex' cannot serve this model: it has no bias"):
+        choose_attention(rpe, "flex", torch.device("cuda"), torch.bfloat16)
