@@ -58,6 +58,7 @@ QUICK: list[tuple[int, dict[str, Any]]] = [
     (2, STAGED | BRAIN),
     (2, WITH_SEQUENCE),
     (1, FULL | ONCE),
+    (1, {"lora_rank": 4}),
     (1, SELECTIVE | {"gpt_j_residual": False, "hidden_dropout": 0.1}),
 ]
 MORE: list[tuple[int, dict[str, Any]]] = [
@@ -78,6 +79,8 @@ MORE: list[tuple[int, dict[str, Any]]] = [
     (1, FULL | {"checkpoint_num_layers": 2}),
     (1, BRAIN | {"norm": "rmsnorm"}),
     (1, {"norm": "scalenorm"}),
+    (1, {"lora_rank": 4, "lora_dropout": 0.1}),
+    (2, ZERO_2 | {"freeze_parameters": ["embedding.*", "head.*", "layers.[01].*"]}),
     (1, {"norm": "non_parametric_layernorm", "pos_emb": "learned", "no_weight_tying": False}),
     (1, {"use_qk_layernorm": True}),
     (1, {"use_qk_layernorm": True, "norm": "rmsnorm", "num_kv_heads": 2}),

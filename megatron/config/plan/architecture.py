@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron.common.errors import ConfigError
-from megatron.config.resolved import Config
 from megatron.config.schema import ModelSection
 
 # The classes of megatron.model: pipe_partition_method finds layers by these names.
@@ -45,12 +43,13 @@ ACTIVATION_WIDTHS = {
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter. layer: the block it belongs to, or None. sharded: whether tensor-parallel ranks divide it."""
+    """One parameter. layer: its block, or None. sharded: tensor-parallel ranks divide it. trained: it learns."""
 
     name: str
     shape: tuple[int, ...]
     sharded: bool
     layer: int | None = None
+    trained: bool = True
 
     @property
     def numel(self) -> int:
@@ -95,25 +94,9 @@ class Layer:
         """Elements on one tensor-parallel rank."""
         return sum(p.numel // tp if p.sharded else p.numel for p in self.parameters)
 
-
-def require_vocabulary(config: Config) -> None:
-    """Raises: ConfigError if the rows of the embedding are not known, because the tokenizer's file is missing."""
-    if config.tokenizer.padded_vocab_size is None:
-        raise ConfigError(
-            f"{config.origin('vocab_file')}: the size of the vocabulary is not known: {config.tokenizer.vocab_file} "
-            "is not "
-            "there. Make the tokenizer first (prepare_data.py does), or set padded_vocab_size."
-        )
-
-
-def layers(config: Config) -> tuple[Layer, ...]:
-    """All layers in order; a tied head stands last, without parameters of its own.
-
-    Raises: ConfigError if the vocabulary's size is not known.
-    """
-    require_vocabulary(config)
-    rows = config.tokenizer.padded_vocab_size
-    return architecture(config.model, rows, config.parallel.model_parallel_size)
+    def trained_on_rank(self, tp: int) -> int:
+        """Of these, the elements that learn."""
+        return sum(p.numel // tp if p.sharded else p.numel for p in self.parameters if p.trained)
 
 
 def architecture(model: ModelSection, rows: int, tp: int) -> tuple[Layer, ...]:

@@ -12,13 +12,15 @@ feed-forward width, S sequence, V vocabulary rows:
     vocabulary        2 H V              once, not per layer
 
 Norms, rotations, activations, the softmax and the optimizer are left out; recomputed activations are not counted, so a
-utilisation made from this is that of the model (MFU), not of the hardware. Invariant: no term depends on the layout.
+utilisation made from this is that of the model (MFU), not of the hardware. Frozen weights count as if they learnt;
+low-rank updates are a term of their own, 2 R (in + out) for each layer that has one. Invariant: no term depends on the
+layout.
 Source: Kaplan et al. 2020 (arXiv 2001.08361) section 2.1 and Chowdhery et al. 2022 (arXiv 2204.02311) appendix B.
 """
 
 from __future__ import annotations
 
-from megatron.config.plan.architecture import layers
+from megatron.config.plan.job import layers_of
 from megatron.config.resolved import Config
 
 FORWARD_AND_BACKWARD = 3
@@ -27,7 +29,7 @@ FORWARD_AND_BACKWARD = 3
 def flops_terms(config: Config) -> dict[str, int]:
     """Forward FLOPs of one token over all layers, by term. Raises: ConfigError if the vocabulary is not known."""
     terms: dict[str, int] = {}
-    for layer in layers(config):
+    for layer in layers_of(config):
         for name, count in layer.flops:
             terms[name] = terms.get(name, 0) + count
     return terms

@@ -8,10 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megatron.config.plan.architecture import Layer, architecture, require_vocabulary
+from megatron.common.errors import ConfigError
+from megatron.config.plan.architecture import Layer, architecture
 from megatron.config.plan.stages import stage_layers
+from megatron.config.plan.tuning import tuned
 from megatron.config.resolved import Config
 from megatron.config.schema import ModelSection
+from megatron.config.schema.tuning import TuningSection
 
 Recompute = Literal["none", "selective", "full"]
 # fp32 words per parameter: Adam keeps two moments, Lion one, SGD one with momentum.
@@ -53,6 +56,7 @@ class Job:
     """
 
     model: ModelSection
+    tuning: TuningSection
     rows: int
     precision: str
     optimizer_words: int
@@ -85,12 +89,35 @@ class Job:
     def layers(self, tp: int) -> tuple[Layer, ...]:
         """The layers, as `tp` tensor-parallel ranks divide them."""
         if tp not in self._layers:
-            self._layers[tp] = architecture(self.model, self.rows, tp)
+            self._layers[tp] = tuned(architecture(self.model, self.rows, tp), self.model, self.tuning)
         return self._layers[tp]
+
+    def trains_head(self, tp: int) -> bool:
+        """Whether the output head learns, its own matrix or the embedding's."""
+        layers = self.layers(tp)
+        return (layers[0] if layers[-1].ties else layers[-1]).parameters[0].trained
 
     def stages(self, num_stages: int, tp: int) -> list[list[Layer]]:
         """The layers of every stage."""
         return stage_layers(self.layers(tp), num_stages, self.partition_method, tp)
+
+
+def require_vocabulary(config: Config) -> None:
+    """Raises: ConfigError if the rows of the embedding are not known, because the tokenizer's file is missing."""
+    if config.tokenizer.padded_vocab_size is None:
+        raise ConfigError(
+            f"{config.origin('vocab_file')}: the size of the vocabulary is not known: {config.tokenizer.vocab_file} "
+            "is not "
+            "there. Make the tokenizer first (prepare_data.py does), or set padded_vocab_size."
+        )
+
+
+def layers_of(config: Config) -> tuple[Layer, ...]:
+    """All layers in order; a tied head stands last, without parameters of its own.
+
+    Raises: ConfigError if the vocabulary's size is not known.
+    """
+    return job_of(config).layers(config.parallel.model_parallel_size)
 
 
 def job_of(config: Config) -> Job:
@@ -108,6 +135,7 @@ def job_of(config: Config) -> Job:
     wide = precision != "fp16" if accumulated is None else accumulated in ("fp32", "float32")
     return Job(
         model=config.model,
+        tuning=config.tuning,
         rows=config.tokenizer.padded_vocab_size,
         precision=precision,
         optimizer_words=words,

@@ -55,9 +55,12 @@ class MemoryEstimate:
 
 @dataclass(frozen=True)
 class StageSize:
-    """What one rank of a stage holds. numel: elements. small: of these, in parameters that ZeRO 3 does not divide."""
+    """What one rank of a stage holds. numel: elements. trained: of these, that learn. small: in parameters that ZeRO 3
+    does not divide.
+    """
 
     numel: int
+    trained: int
     small: int
     blocks: int
     # Bytes of one token: of a block in all, its attention's part, its input; of the other layers.
@@ -133,11 +136,15 @@ def _stage_sizes(job: Job, layout: Layout) -> tuple[StageSize, ...]:
     found = []
     stages = job.stages(layout.stages, layout.tp)
     for number, stage in enumerate(stages):
-        blocks = [layer for layer in stage if layer.kind == BLOCK]
+        # Before the first parameter that learns, nothing waits for a backward pass; later stages are asked for one.
+        frozen = next((n for n, x in enumerate(stage) if x.trained_on_rank(1)), 0) if number == 0 else 0
+        passed = stage[frozen:]
+        blocks = [layer for layer in passed if layer.kind == BLOCK]
         kept = blocks[0].kept if blocks else ()
         found.append(
             StageSize(
                 numel=sum(layer.numel_on_rank(layout.tp) for layer in stage),
+                trained=sum(layer.trained_on_rank(layout.tp) for layer in stage),
                 small=sum(
                     n
                     for layer in stage
@@ -148,7 +155,7 @@ def _stage_sizes(job: Job, layout: Layout) -> tuple[StageSize, ...]:
                 block=size_of(kept),
                 attention=size_of(kept, in_attention=True),
                 block_input=size_of(kept, is_input=True),
-                others=sum(size_of(layer.kept) for layer in stage if layer.kind != BLOCK),
+                others=sum(size_of(layer.kept) for layer in passed if layer.kind != BLOCK),
                 is_first=number == 0,
                 is_last=number == len(stages) - 1,
             )
@@ -168,13 +175,13 @@ def _estimate(job: Job, layout: Layout, size: StageSize, stage: int) -> MemoryEs
 
 def _moments(job: Job, layout: Layout, size: StageSize, stage: int) -> dict[str, dict[str, float]]:
     """Components at each moment that may be the peak."""
-    numel, dp, word = size.numel, layout.dp, job.word
+    numel, trained, dp, word = size.numel, size.trained, layout.dp, job.word
     states = {
         "weights": numel * word / (dp if layout.zero == 3 else 1),
-        "fp32 master weights": 0 if job.offloads else 4 * numel / dp,
-        "optimizer states": 0 if job.offloads else 4 * job.optimizer_words * numel / dp,
+        "fp32 master weights": 0 if job.offloads else 4 * trained / dp,
+        "optimizer states": 0 if job.offloads else 4 * job.optimizer_words * trained / dp,
     }
-    always, made = _gradient_bytes(job, layout, numel)
+    always, made = _gradient_bytes(job, layout, trained)
     under_way = min(layout.accumulation, layout.stages - stage)
     # Before the first backward pass there are no gradients; with as many micro-batches under way as there are in all,
     # all of them are then alive.
@@ -186,10 +193,10 @@ def _moments(job: Job, layout: Layout, size: StageSize, stage: int) -> dict[str,
     forward = _loss_scratch_bytes(job, layout) if size.is_last else 0
     group = _group(layout, size)
     part = min(1.0, group / size.blocks) if size.blocks else 1.0
-    bucket = _bucket_bytes(job, layout, numel)
+    bucket = _bucket_bytes(job, layout, trained)
     # From ZeRO 2 on, buckets of gradients leave while the backward pass runs: the first, when it is full.
     leaving = bucket if layout.zero > 1 else 0
-    part = max(part, 1 - job.bucket / numel) if layout.zero > 1 and numel else part
+    part = max(part, 1 - job.bucket / trained) if layout.zero > 1 and trained else part
     moments = {
         PASSES: passing
         | {
@@ -209,7 +216,7 @@ def _moments(job: Job, layout: Layout, size: StageSize, stage: int) -> dict[str,
         | {
             "gradients": always + made,
             "activations": 0,
-            "communication buckets": max(bucket, _step_bytes(job, layout, numel)),
+            "communication buckets": max(bucket, _step_bytes(job, layout, trained)),
         },
         # The model is made in fp32, whole on every rank, before DeepSpeed converts and divides it.
         "start": {"weights": 4 * numel + states["weights"] if layout.zero == 3 else 4 * numel},
@@ -271,7 +278,8 @@ def _backward_bytes(job: Job, layout: Layout) -> float:
 def _loss_bytes(job: Job, layout: Layout) -> float:
     """The gradients that the loss makes in the forward pass, in fp32: of the hidden states and of the head."""
     tokens, hidden = layout.micro_batch * job.sequence, job.model.hidden_size
-    return 4 * tokens * hidden + 4 * (job.rows // layout.tp) * hidden
+    head = 4 * (job.rows // layout.tp) * hidden if job.trains_head(layout.tp) else 0
+    return 4 * tokens * hidden + head
 
 
 def _loss_scratch_bytes(job: Job, layout: Layout) -> float:

@@ -190,6 +190,8 @@ def _layout(config: Config) -> tuple[str, list[str]]:
 def _parameters(config: Config) -> tuple[str, list[str]]:
     count, tokenizer, tp = count_parameters(config), config.tokenizer, config.parallel.model_parallel_size
     lines = [f"{count.unique:,} unique; {count.unique - count.embedding:,} without embeddings and output head"]
+    if count.trained != count.unique:
+        lines.append(f"{count.trained:,} of them learn, {100 * count.trained / count.unique:.3g} %")
     if tp > 1:
         lines.append(f"{count.counted:,} as DeepSpeed counts over {tp} tensor ranks, replicated ones {tp} times")
     known = f" ({tokenizer.vocab_size:,} known ids)" if tokenizer.vocab_size else ""

@@ -15,6 +15,7 @@ from megatron.model.build import build_model
 from megatron.model.from_config import model_spec
 from megatron.parallel.process_groups import ProcessGroups
 from megatron.parallel.topology import Topology
+from megatron.training.setup import trained_parameters
 from tests.unit.config.conftest import TINY
 
 Tiny = Callable[..., Config]
@@ -28,6 +29,8 @@ VARIATIONS = [
     {"norm": "scalenorm", "pos_emb": "alibi", "use_bias_in_qkv": False},
     {"norm": "non_parametric_layernorm", "pos_emb": "rpe", "rpe_num_buckets": 8, "gpt_j_residual": True},
     {"head_dim": 12, "no_weight_tying": True, "use_bias_in_head": True, "pos_emb": "sinusoidal", "num_kv_heads": 3},
+    {"lora_rank": 3, "lora_targets": ["query_key_value", "mlp"], "num_kv_heads": 2, "activation": "swiglu"},
+    {"lora_rank": 2, "freeze_parameters": ["layers.1.*"], "train_parameters": ["head.*"], "no_weight_tying": True},
     {"use_qk_layernorm": True, "gpt_j_residual": True, "gpt_j_tied": True, "activation": "geglu_tanh"},
 ]
 
@@ -35,7 +38,10 @@ VARIATIONS = [
 @pytest.mark.parametrize("changes", VARIATIONS)
 def test_names_and_shapes_are_those_of_the_real_model(tiny: Tiny, changes: dict[str, object]) -> None:
     config = tiny(**changes)
-    model = build_model(model_spec(config), device="meta")
+    spec = model_spec(config)
+    model = build_model(spec, device="meta")
+    trains = trained_parameters(config, spec)
+    assert all(parameter.trained == trains(parameter.name) for parameter in parameters(config))
     real = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     assert {parameter.name: parameter.shape for parameter in parameters(config)} == real
 

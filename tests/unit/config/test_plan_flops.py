@@ -25,6 +25,7 @@ SWITCHES = [
     {"head_dim": 12, "no_weight_tying": True, "use_bias_in_head": True, "pos_emb": "sinusoidal", "num_kv_heads": 3},
     {"norm": "scalenorm", "pos_emb": "alibi", "use_bias_in_qkv": False},
     {"norm": "non_parametric_layernorm", "pos_emb": "rpe", "rpe_num_buckets": 8},
+    {"lora_rank": 3, "lora_targets": ["query_key_value", "mlp"], "num_kv_heads": 2, "activation": "swiglu"},
     {"use_qk_layernorm": True, "sliding_window_width": 5, "activation": "geglu_tanh", "scale_embeddings": True},
 ]
 
