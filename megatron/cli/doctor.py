@@ -101,7 +101,8 @@ def subject_of(config: Config) -> Subject:
         checkpoint_bytes=count_parameters(config).unique * _CHECKPOINT_BYTES_PER_PARAMETER * ((kept or 1) + 1),
         num_checkpoints=(kept or 1) + 1,
         hosts=hosts,
-        starter=str(getattr(launcher, "launcher", "")),
+        starter=launcher.launcher,
+        ssh_port=launcher.ssh_port,
         master_port=launcher.master_port,
     )
 

@@ -13,6 +13,8 @@ from __future__ import annotations
 from typing import Any
 
 _FUSED = "it chooses a kernel upstream; the fastest correct kernel is chosen here by itself"
+_TE = "the same layer runs here on PyTorch's kernels"
+_TE_FP8 = "it only serves te_fp8_mha"
 _DEAD = "upstream never reads it either"
 _LOSS_SCALE = "upstream never reads it; set it inside the fp16 block"
 
@@ -25,6 +27,15 @@ NO_EFFECT: dict[str, tuple[Any, str]] = {
     "layernorm_fusion": (False, _FUSED),
     "rmsnorm_fusion": (False, _FUSED),
     "use_flashattn_swiglu": (False, _FUSED),
+    "te_columnparallel": (False, _FUSED),
+    "te_rowparallel": (False, _FUSED),
+    "te_layernorm_mlp": (False, f"{_TE}; use_bias_in_mlp decides on biases"),
+    "te_mha": (False, f"{_TE}; use_bias_in_attn_linear decides on biases"),
+    "te_fp8_format": ("hybrid", _TE_FP8),
+    "te_fp8_wgrad": (True, _TE_FP8),
+    "te_fp8_amax_history_len": (1, _TE_FP8),
+    "te_fp8_amax_compute_algo": ("most_recent", _TE_FP8),
+    "te_fp8_margin": (0, _TE_FP8),
     "fused_kernels_build_path": (None, "no kernel is built at start"),
     "apply_query_key_layer_scaling": (False, "it only keeps fp16 scores small, and attention accumulates in fp32 here"),
     "attention_softmax_in_fp32": (False, "attention always computes its softmax in fp32 here"),
@@ -122,7 +133,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 _POST = "post-training (DPO, reward models, KTO, REINFORCE)"
 _MAMBA = "Mamba and RWKV layers"
 _MOE = "mixture of experts"
-_TE = "Transformer Engine"
+_FP8 = "attention in 8-bit floating point"
 _MUP = "muP"
 
 NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -133,14 +144,7 @@ NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
     **dict.fromkeys(("mamba_selective_fp32_params", "mamba_use_bias_in_conv"), ((True,), _MAMBA)),
     "mamba_use_bias_in_linears": ((False,), _MAMBA),
     **dict.fromkeys(("dim_att", "head_size", "ffn_dim"), ((None,), _MAMBA)),
-    **dict.fromkeys(
-        ("te_columnparallel", "te_rowparallel", "te_layernorm_mlp", "te_mha", "te_fp8_mha"), ((False,), _TE)
-    ),
-    "te_fp8_format": (("hybrid",), _TE),
-    "te_fp8_wgrad": ((True,), _TE),
-    "te_fp8_amax_history_len": ((1,), _TE),
-    "te_fp8_amax_compute_algo": (("most_recent",), _TE),
-    "te_fp8_margin": ((0,), _TE),
+    "te_fp8_mha": ((False,), _FP8),
     **dict.fromkeys(("moe_num_experts", "moe_expert_interval", "moe_top_k"), ((1,), _MOE)),
     "moe_router_type": (("sinkhorn",), _MOE),
     "moe_jitter_eps": ((None,), _MOE),
@@ -195,7 +199,7 @@ MEANWHILE: dict[str, str] = {
     "pairwise data": "Fine-tune on labels with train_label_data_paths.",
     _MAMBA: "Use attention_config with global or flash.",
     _MOE: "Use a dense model: moe_num_experts: 1.",
-    _TE: "Remove the te_ keys: the layers are the same function, with names as without Transformer Engine.",
+    _FP8: "Remove the key: precision: bfloat16 computes the same function.",
     _MUP: "Remove the mup keys, and set optimizer.params.lr and init_method_std for this width.",
 }
 

@@ -50,6 +50,7 @@ class Subject:
     num_checkpoints: int = 1
     hosts: Mapping[str, int] = field(default_factory=dict)
     starter: str = ""
+    ssh_port: int | None = None
     master_port: int | None = None
     environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
 

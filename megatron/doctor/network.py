@@ -107,6 +107,8 @@ def check_hosts(subject: Subject, ssh: tuple[str, ...] = SSH) -> list[Finding]:
     hosts = subject.other_hosts
     if not hosts:
         return []
+    if subject.ssh_port is not None:
+        ssh = (*ssh, "-p", str(subject.ssh_port))
     findings = []
     program = STARTERS.get(subject.starter)
     if program and shutil.which(program) is None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -208,25 +208,23 @@ def test_ten_mistakes_ten_messages_in_order_quickly_and_without_torch(tmp_path: 
         "assert not {'torch', 'deepspeed', 'transformers', 'numpy'} & set(sys.modules), 'imports torch'\n"
         "sys.exit(code)\n"
     )
-    times = []
-    for _ in range(3):
-        started = time.monotonic()
-        result = subprocess.run(
-            [sys.executable, "-c", code, "train.py", "my.yml"],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-        times.append(time.monotonic() - started)
-        if times[-1] < 1.5:
-            break
+    # Processor time: on a quiet machine the user waits as long, and on a busy one the test means the same.
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    result = subprocess.run(
+        [sys.executable, "-c", code, "train.py", "my.yml"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     lines = result.stderr.splitlines()
     assert result.returncode == 2, result.stderr
     assert len(lines) == 10, result.stderr
     for number, (line, (_, message)) in enumerate(zip(lines, TEN_MISTAKES, strict=True), 5):
         assert f"my.yml:{number}: " in line
         assert message in line
-    assert min(times) < 1.5
+    assert seconds < 1.5
