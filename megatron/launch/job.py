@@ -25,6 +25,8 @@ from megatron.launch.commands import RankCommand
 from megatron.launch.wire import candidate_ports
 
 JOB_FILE, CONFIG_FILE, OUTCOME_FILE = "job.json", "config.json", "exit_code"
+# Hosts, and the process ids of their launchers, that did not let go at the end.
+STUCK_FILE = "stuck"
 FOLDER = ".deepy"
 
 

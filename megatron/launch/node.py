@@ -24,11 +24,11 @@ from megatron.common.rank import first_host
 from megatron.config import Config
 from megatron.launch.commands import RankCommand
 from megatron.launch.environment import read_env_file
-from megatron.launch.job import CONFIG_FILE, JOB_FILE, OUTCOME_FILE, Job, gpus_here, require_resolvable
+from megatron.launch.job import CONFIG_FILE, JOB_FILE, OUTCOME_FILE, STUCK_FILE, Job, gpus_here, require_resolvable
 from megatron.launch.spawn import FORWARDED, read_output, run_ranks, start_process
 from megatron.launch.submit import continued
 from megatron.launch.team import START_S, Team
-from megatron.launch.wire import Channel, Message, connect
+from megatron.launch.wire import Channel, Message, connect, interface_of
 
 # After the connection broke: how long ranks have to end on SIGTERM.
 TERM_S = 5.0
@@ -113,12 +113,25 @@ def _lead(job: Job, address: str) -> int:
         if job.environment:
             # Every launcher has read it, and it may hold secrets.
             (Path(job.folder) / JOB_FILE).unlink(missing_ok=True)
+        _name_interface(team.local_address)
         port = job.master_port or _free_port()
         if job.master_port is not None:
             _require_free(port)
         return run_ranks(job.commands(port, address, _config_file(job)), team.start)
     finally:
-        team.disperse()
+        if stuck := team.disperse():
+            lines = [f"{host} {pid}\n" for host, pid in stuck.items()]
+            (Path(job.folder) / STUCK_FILE).write_text("".join(lines), encoding="utf-8")
+
+
+def _name_interface(address: str | None) -> None:
+    """Tell gloo the network on which the hosts reach each other, unless the user does.
+
+    By itself it takes the address that this host's own name has, which in many an /etc/hosts is a loopback one.
+    """
+    name = interface_of(address) if address is not None else None
+    if name is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 def _config_file(job: Job) -> str:
@@ -208,6 +221,7 @@ def _follow(job: Job, node: int, address: str) -> None:
             f"host {hello['host']} cannot reach the launcher on {address}: no answer on ports 20000-32000 within "
             f"{START_S:.0f} s. Set master_addr to an address of the first host that all hosts reach."
         )
+    _name_interface(channel.local_address)
     hands = _Hands(channel)
 
     def forward(number: int, frame: FrameType | None) -> None:

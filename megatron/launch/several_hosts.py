@@ -30,6 +30,7 @@ from megatron.launch.job import (
     FOLDER,
     JOB_FILE,
     OUTCOME_FILE,
+    STUCK_FILE,
     Job,
     make_folder,
     plan_job,
@@ -172,7 +173,7 @@ class _Front:
         reader = threading.Thread(target=self._pass_on, daemon=True)
         reader.start()
         try:
-            code = process.wait()
+            code = self._wait()
         finally:
             if process.poll() is None:
                 self._end()
@@ -188,6 +189,36 @@ class _Front:
             f"the launcher of a host ended before the run was over ({self._line.arguments[0]}: exit code {code}); what "
             "it said stands above. The line was:\n  " + self._line.shell_line()
         )
+
+    def _wait(self) -> int:
+        """The exit code of the starting program, which is ended if a launcher keeps it after the run is over."""
+        outcome, over_at = Path(self._job.folder) / OUTCOME_FILE, 0.0
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return self._process.wait(timeout=1.0)
+            over_at = over_at or (time.monotonic() if outcome.exists() else 0.0)
+            if over_at and time.monotonic() - over_at > END_S:
+                self._clean_up()
+
+    def _clean_up(self) -> None:
+        """End launchers that did not let go, by their process ids; the ranks that they started end with them."""
+        stuck = Path(self._job.folder) / STUCK_FILE
+        lines = stuck.read_text(encoding="utf-8").splitlines() if stuck.exists() else []
+        for line in lines if self._job.launcher == "pdsh" else ():
+            host, pid = line.split()
+            print(f"{host}: the launcher (process {pid}) does not answer; killing it", file=sys.stderr, flush=True)
+            # Not whatever has that number by now.
+            kill = f"grep -q -e --node /proc/{pid}/cmdline && kill -KILL {pid}"
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                subprocess.run(
+                    [self._line.arguments[0], "-w", host, kill],
+                    env={**os.environ, **self._line.added},
+                    stdin=subprocess.DEVNULL,
+                    capture_output=True,
+                    timeout=PROBE_S,
+                    check=False,
+                )
+        self._end()
 
     def _pass_on(self) -> None:
         assert self._process.stderr is not None

@@ -23,6 +23,8 @@ from megatron.launch.wire import Channel, Message, listen, welcome
 
 # How long the slowest host may take to start its launcher; and after which the user hears whom we wait for.
 START_S, PATIENCE_S = 600.0, 20.0
+# A launcher that is not dead but frozen: how long it has to answer.
+UNANSWERED_S = 5.0
 
 
 class RemoteProcess:
@@ -56,6 +58,11 @@ class RemoteRank(Rank):
 
     def send(self, number: int) -> None:
         self._channel.send({"do": "signal", "rank": self.number, "signal": number})
+        if number == signal.SIGKILL and self.remote.poll() is None:
+            # A launcher that does not tell how a killed rank ended does not answer at all; see `Team.disperse`.
+            timer = threading.Timer(UNANSWERED_S, self.remote.end, (-signal.SIGKILL,))
+            timer.daemon = True
+            timer.start()
 
 
 class Team:
@@ -69,6 +76,7 @@ class Team:
         self._job = job
         self._on_signal = on_signal
         self._hosts: dict[int, tuple[str, Channel]] = {}
+        self._pids: dict[int, int] = {}
         self._ranks: dict[int, dict[int, RemoteRank]] = {}
         self._arrived = threading.Condition()
         self._over = False
@@ -100,6 +108,12 @@ class Team:
                     warned = now
                     print(f"note: waiting for {names} to start", flush=True)
 
+    @property
+    def local_address(self) -> str | None:
+        """The address at which the others reach this host; None without others."""
+        with self._arrived:
+            return next((channel.local_address for _, channel in self._hosts.values()), None)
+
     def start(self, command: RankCommand, reports: ErrorReports) -> RemoteRank:
         """Start a rank on its host."""
         host, channel = self._hosts[command.node]
@@ -110,8 +124,11 @@ class Team:
             rank.remote.end(-signal.SIGKILL)
         return rank
 
-    def disperse(self, timeout_s: float = 10.0) -> None:
-        """Tell all hosts that the run is over, and wait until their launchers have let go."""
+    def disperse(self, timeout_s: float = UNANSWERED_S) -> dict[str, int]:
+        """Tell all hosts that the run is over, and wait until their launchers have let go.
+
+        Returns: the process ids of those that have not, by the name of their host in the job.
+        """
         self._over = True
         with self._arrived:
             channels = [channel for _, channel in self._hosts.values()]
@@ -122,8 +139,10 @@ class Team:
         with self._arrived:
             while self._hosts and time.monotonic() < deadline:
                 self._arrived.wait(0.2)
+            stuck = {self._job.hosts[node].name: self._pids[node] for node in self._hosts}
         with contextlib.suppress(OSError):
             self._listener.close()
+        return stuck
 
     def _accept(self) -> None:
         while True:
@@ -149,6 +168,7 @@ class Team:
                 channel.close()
                 return
             self._hosts[node] = (host, channel)
+            self._pids[node] = int(hello["pid"])
             self._arrived.notify_all()
         while (message := channel.receive()) is not None:
             self._take(node, message)

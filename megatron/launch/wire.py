@@ -7,10 +7,12 @@ token, so that a stranger's service on the same port, or another job's launcher,
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hmac
 import json
 import secrets
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterable
@@ -20,6 +22,8 @@ Message = dict[str, Any]
 # A host that loses its power or its network says nothing: after about 45 s without an answer the kernel gives it up.
 _KEEPALIVE = (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 6), ("TCP_USER_TIMEOUT", 45_000))
 _HANDSHAKE_S = 10.0
+# Linux: the IPv4 address of an interface.
+_SIOCGIFADDR = 0x8915
 # Ports below the range from which systems hand out ports by themselves.
 _FIRST_PORT, _LAST_PORT, _NUM_CANDIDATES = 20000, 32000, 24
 
@@ -80,6 +84,18 @@ class Channel:
     def local_address(self) -> str:
         """The address of this host that the other one sees."""
         return str(self._connection.getsockname()[0])
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface of this host with an IPv4 address; None if it is not found, or never leaves the host."""
+    address = address.removeprefix("::ffff:")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):
+                answer = fcntl.ioctl(asking, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+                if socket.inet_ntoa(answer[20:24]) == address and not address.startswith("127."):
+                    return name
+    return None
 
 
 def listen(ports: Iterable[int]) -> socket.socket:

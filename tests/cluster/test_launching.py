@@ -27,7 +27,7 @@ WAITING = """
 import json, os, pathlib, socket, sys, time
 rank = os.environ["RANK"]
 print(f"words of rank {rank}", file=sys.stderr, flush=True)
-names = ("WANDB_API_KEY", "FROM_FILE", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "CUDA_VISIBLE_DEVICES")
+names = ("WANDB_API_KEY", "FROM_FILE", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "GLOO_SOCKET_IFNAME")
 told = {"host": socket.gethostname(), **{name: os.environ.get(name) for name in names}}
 pathlib.Path(f"told{rank}.new").write_text(json.dumps(told))
 pathlib.Path(f"told{rank}.new").rename(f"told{rank}")
@@ -87,9 +87,8 @@ def test_a_killed_rank_ends_the_run_on_every_node(cluster: Cluster, tmp_path: Pa
         heard = [json.loads(path.read_text()) for path in told]
         assert [one["host"] for one in heard] == ["node1", "node1", "node2", "node2"]
         assert [(one["LOCAL_RANK"], one["WORLD_SIZE"]) for one in heard] == [("0", "4"), ("1", "4")] * 2
-        assert {(one["WANDB_API_KEY"], one["FROM_FILE"], one["MASTER_ADDR"]) for one in heard} == {
-            (SECRET, "yes", "node1")
-        }
+        names = ("WANDB_API_KEY", "FROM_FILE", "MASTER_ADDR", "GLOO_SOCKET_IFNAME")
+        assert {tuple(one[name] for name in names) for one in heard} == {(SECRET, "yes", "node1", "eth0")}
         assert processes(SECRET) == {}, "a secret on a command line"
         running = of_script(tmp_path, "waiting.py")
         on_node2 = [pid for pid in running if rank_of(pid) == "3"]
@@ -125,6 +124,28 @@ def test_killing_deepy_itself_ends_the_run_on_every_node(cluster: Cluster, tmp_p
     job.kill()
     job.communicate()
     wait_for(lambda: not processes(str(tmp_path)), "no process is left", 15)
+
+
+@pytest.mark.full
+def test_a_frozen_launcher_is_killed_by_its_pid(cluster: Cluster, tmp_path: Path) -> None:
+    """The run ends, and so does what does not hear of it any more."""
+    (tmp_path / "waiting.py").write_text(
+        WAITING.replace("time.sleep(300)", "time.sleep(3 if rank == '0' else 300); sys.exit(9)")
+    )
+    config = write_config(tmp_path, launcher="pdsh", hostfile=hostfile(tmp_path, 1), **ON_CPU)
+    job = cluster.start(*DEEPY, "waiting.py", str(config), cwd=tmp_path)
+    wait_for(lambda: (tmp_path / "told1").exists(), "the rank on node2")
+    [launcher] = [parent_of(pid) for pid in of_script(tmp_path, "waiting.py") if rank_of(pid) == "1"] or [0]
+    assert launcher
+    os.kill(launcher, signal.SIGSTOP)
+    _, err = job.communicate(timeout=60)
+    assert job.returncode == 9
+    assert "node2: the launcher (process " in err
+    wait_for(lambda: not processes(str(tmp_path)), "no process is left", 10)
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def test_a_preempted_job_is_requeued_and_goes_on_bitwise(cluster: Cluster, ranks: Ranks, tmp_path: Path) -> None:
