@@ -13,8 +13,10 @@ from megatron.common.errors import CheckpointError, ConfigError
 from megatron.config import Config, load
 from megatron.convert.export import PRECISIONS, export_checkpoint
 from megatron.convert.families import FAMILIES
+from megatron.convert.foreign import AnyReader
 from megatron.convert.lora import merged
 from megatron.convert.open import open_weights
+from megatron.convert.peft_adapter import export_adapter
 from megatron.model.from_config import model_spec
 from megatron.tokenizer.base import Tokenizer
 from megatron.tokenizer.setup import build_tokenizer
@@ -27,15 +29,17 @@ def main(argv: list[str] | None = None) -> int:
     """Convert as the command line says. Raises: CheckpointError, ConfigError, DataError."""
     args = _parse(argv)
     config = load([args.config_file], planning=True) if args.config_file else None
-    reader = merged(
-        open_weights(
-            args.input_dir,
-            None if config is None else model_spec(config),
-            args.iteration,
-            kinds=["weight"],
-            grouped=None if config is None else config.checkpoint.upstream_gqa_layout,
-        )
+    reader = open_weights(
+        args.input_dir,
+        None if config is None else model_spec(config),
+        args.iteration,
+        kinds=["weight"],
+        grouped=None if config is None else config.checkpoint.upstream_gqa_layout,
     )
+    model_type = _ARCHITECTURES.get(args.architecture, args.architecture)
+    if args.adapter:
+        return _export_adapter(reader, args, model_type)
+    reader = merged(reader)
     is_imported = "hugging_face" in reader.state
     if config is None and not is_imported and (args.precision == "auto" or not args.no_save_tokenizer):
         raise ConfigError(
@@ -53,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         reader,
         args.output_dir,
         precision,
-        model_type=_ARCHITECTURES.get(args.architecture, args.architecture),
+        model_type=model_type,
         tokenizer=tokenizer,
         pad_id=args.pad_token_id if args.pad_token_id >= 0 else None,
     )
@@ -62,6 +66,16 @@ def main(argv: list[str] | None = None) -> int:
     if check.rounding:
         print(f"rounding the weights to {precision} moves a logit by {check.rounding:.2g} at most")
     print(f"written: {result.folder}, {result.architecture} ({result.tensor_bytes / 1e6:.1f} MB of weights)")
+    return 0
+
+
+def _export_adapter(reader: AnyReader, args: argparse.Namespace, model_type: str | None) -> int:
+    precision = "fp32" if args.precision == "auto" else args.precision
+    modules = export_adapter(
+        reader, args.output_dir, dtype=PRECISIONS[precision], base=args.base_model, model_type=model_type
+    )
+    print(f"{reader.folder} (step {reader.step}) -> {args.output_dir}: PEFT adapter, {modules} modules, {precision}")
+    print("use: PeftModel.from_pretrained(base_model, folder), where base_model is the exported base of this run")
     return 0
 
 
@@ -82,6 +96,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--config_file", type=Path, help="the YAML that the model was trained with")
     add("--output_dir", type=Path, required=True, help="the folder to make; must not hold anything yet")
     add("--precision", choices=["auto", *PRECISIONS], default="auto", help="auto: as the model was trained")
+    add("--adapter", action="store_true", help="of a LoRA run: write the updates alone, as a PEFT adapter")
+    add("--base-model", default="", help="with --adapter: the base model that adapter_config.json names")
     add("--no_save_tokenizer", action="store_true", help="write the model alone")
     add("--iteration", type=int, help="the step to convert, where --input_dir holds several")
     add("--pad-token-id", type=int, default=-1, help="pad_token_id of config.json; -1: the tokenizer's")

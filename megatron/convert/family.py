@@ -7,16 +7,16 @@ config.json is read again.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, cast
 
 from megatron.common.errors import CheckpointError
 from megatron.convert.recipes import SAME, Group, Recipe, grouped, interleaved
-from megatron.model.spec import ModelSpec, RopeScaling
+from megatron.model.spec import ModelSpec, RopeScaling, Task
 
 EMBEDDING, HEAD, HEAD_BIAS = "embedding.word_embeddings.weight", "head.weight", "head.bias"
 # They change how a model is trained, not which function its weights are.
-_FREE_FIELDS = frozenset(
+FREE_FIELDS = frozenset(
     {"padded_vocab_size", "attention_dropout", "hidden_dropout", "init_method", "output_init_method", "init_std"}
 )
 # Fields that say nothing unless positions are of this kind.
@@ -30,6 +30,16 @@ _UNUSED_WITHOUT = {
 }
 
 
+# The head of another task than predicting tokens, as transformers names it. All families have the first.
+_SEQUENCE = {"sequence_classification": ("ForSequenceClassification", "score")}
+NEOX_HEADS = {
+    **_SEQUENCE,
+    "token_classification": ("ForTokenClassification", "classifier"),
+    "question_answering": ("ForQuestionAnswering", "qa_outputs"),
+}
+_HAS_BIAS = {"sequence_classification": False, "token_classification": True, "question_answering": True}
+
+
 @dataclass(frozen=True)
 class Family:
     """One model_type.
@@ -38,6 +48,7 @@ class Family:
     write: spec -> the keys of config.json that describe the model. groups: all tensors, in the order of the model.
     prefix: stands before all names but the head's; older files may lack it. buffers: endings of constants that old
     versions wrote. as_expressed: the spec in the family's own terms, where it has another form of the same function.
+    heads: task -> (ending of the class, name of the head).
     """
 
     model_type: str
@@ -49,6 +60,7 @@ class Family:
     buffers: tuple[str, ...] = ()
     head_name: str = "lm_head.weight"
     as_expressed: Callable[[ModelSpec], ModelSpec] = lambda spec: spec
+    heads: Mapping[str, tuple[str, str]] = field(default_factory=lambda: _SEQUENCE)
 
     def refusals(self, spec: ModelSpec) -> list[str]:
         """Why the family cannot compute this model; empty if it can.
@@ -57,30 +69,65 @@ class Family:
         """
         wanted = self.as_expressed(spec)
         try:
-            back = self.read(self.config(wanted))
+            back = self.read_model(self.config(wanted))
         except CheckpointError as error:
             return [str(error)]
         return [
             f"{field.name} is {getattr(spec, field.name)}, there it would be {getattr(back, field.name, field.default)}"
             for field in fields(wanted)
-            if field.name not in _FREE_FIELDS
+            if field.name not in FREE_FIELDS
             and getattr(back, field.name, field.default) != getattr(wanted, field.name)
             and _UNUSED_WITHOUT.get(field.name, spec.position) == spec.position
         ]
 
     def config(self, spec: ModelSpec) -> dict[str, Any]:
-        """What config.json says of the model."""
+        """What config.json says of the model. Raises: CheckpointError for a task that the family has no head for."""
         spec = self.as_expressed(spec)
         return {
-            "architectures": [self.architecture],
+            "architectures": [self._class_name(spec)],
             "model_type": self.model_type,
             **self.write(spec),
             "tie_word_embeddings": spec.tied_head,
+            **self._label_keys(spec),
+        }
+
+    def read_model(self, config: Mapping[str, Any]) -> ModelSpec:
+        """The spec that config.json describes, with the task of its class. Raises: CheckpointError as `read`."""
+        spec = self.read(config)
+        name = (config.get("architectures") or [self.architecture])[0]
+        for task, (ending, _) in self.heads.items():
+            if name.endswith(ending):
+                labels = 2 if task == "question_answering" else len(config.get("id2label") or ()) or 2
+                return replace(
+                    spec, task=cast(Task, task), num_labels=labels, tied_head=False, head_bias=_HAS_BIAS[task]
+                )
+        return spec
+
+    def _class_name(self, spec: ModelSpec) -> str:
+        if spec.task == "causal_lm":
+            return self.architecture
+        if spec.task not in self.heads:
+            raise CheckpointError(f"{self.model_type} has no class for task {spec.task} that is known here")
+        stem = self.architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+        return stem + self.heads[spec.task][0]
+
+    def _label_keys(self, spec: ModelSpec) -> dict[str, Any]:
+        if spec.task == "causal_lm":
+            return {}
+        names = [f"LABEL_{number}" for number in range(spec.num_labels)]
+        return {
+            "id2label": {str(number): name for number, name in enumerate(names)},
+            "label2id": {name: number for number, name in enumerate(names)},
+            # Ours has none in the head.
+            **({"classifier_dropout": 0.0} if spec.task == "token_classification" else {}),
         }
 
     def all_groups(self, spec: ModelSpec) -> list[Group]:
         """The groups, with the head's where it has a matrix of its own."""
         groups = self.groups(spec)
+        if spec.task != "causal_lm":
+            name = self.heads[spec.task][1]
+            return [*groups, *pair(name, HEAD.removesuffix(".weight"), bias=spec.head_bias)]
         if not spec.tied_head:
             groups.append(Group((self.head_name,), (HEAD,), SAME))
         if spec.head_bias:

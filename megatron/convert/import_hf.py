@@ -47,7 +47,7 @@ class Imported:
 def read_spec(folder: str | Path) -> ModelSpec:
     """The architecture that config.json states. Raises: CheckpointError if it is missing or of an unknown model."""
     config = read_json(Path(folder) / CONFIG)
-    return family_of_config(config).read(config)
+    return family_of_config(config).read_model(config)
 
 
 def parameter_specs(spec: ModelSpec) -> dict[str, ShardSpec]:
@@ -65,7 +65,7 @@ class HFSource:
         self.folder = Path(folder)
         self.config = read_json(self.folder / CONFIG)
         self.family: Family = family_of_config(self.config)
-        self.spec = spec or self.family.read(self.config)
+        self.spec = spec or self.family.read_model(self.config)
         self.weights = HFWeights(folder)
         self.specs = parameter_specs(self.spec)
         self._stored: dict[str, str] = {}

@@ -119,11 +119,13 @@ def native_states(
         if layer.name == POSITION_EMBEDDING:
             states.clear()  # transformers shows the sum
         states.append(x)
-    rows = spec.vocab_size
+    rows = spec.vocab_size if spec.task == "causal_lm" else None
     head = reader.read(EMBEDDING if spec.tied_head else HEAD, rows=rows, dtype=dtype).float()
     logits = states[-1] @ head.T
     if spec.head_bias:
         logits = logits + reader.read(HEAD_BIAS, rows=rows, dtype=dtype).float()
+    if spec.task == "sequence_classification":
+        logits = logits[:, -1]
     return [*states[:-2], states[-1]], logits
 
 

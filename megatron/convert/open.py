@@ -1,4 +1,5 @@
-"""Whatever `load` points to, opened for reading: a native checkpoint, or an upstream GPT-NeoX one.
+"""Whatever `load` points to, opened for reading: a native checkpoint, an upstream GPT-NeoX one, or a
+Hugging Face folder.
 
 Invariant: all ranks open the same folder or raise together.
 """
@@ -13,10 +14,15 @@ from megatron.checkpoint import Location, find, location, open_checkpoint
 from megatron.checkpoint.find import step_folders
 from megatron.checkpoint.manifest import MANIFEST
 from megatron.common.errors import CheckpointError
-from megatron.convert.foreign import AnyReader
+from megatron.convert.family import FREE_FIELDS
+from megatron.convert.foreign import AnyReader, ForeignReader
+from megatron.convert.hf_folder import CONFIG
+from megatron.convert.import_hf import HFSource
 from megatron.convert.neox_files import find_neox_folder, open_neox
 from megatron.convert.neox_layers import GroupedLayout
 from megatron.model.spec import ModelSpec
+
+_FREE_FIELDS = FREE_FIELDS | {"vocab_size"}
 
 
 def foreign_folder(root: str | Location, step: int | None = None) -> Path | None:
@@ -26,7 +32,34 @@ def foreign_folder(root: str | Location, step: int | None = None) -> Path | None
         return None
     if (path / MANIFEST).is_file() or any((folder / MANIFEST).is_file() for folder in step_folders(path).values()):
         return None
-    return find_neox_folder(path, step)
+    return path if (path / CONFIG).is_file() else find_neox_folder(path, step)
+
+
+def _open_foreign(folder: Path, spec: ModelSpec | None, grouped: GroupedLayout | None) -> ForeignReader:
+    if not (folder / CONFIG).is_file():
+        if spec is None:
+            raise CheckpointError(f"{folder} is a GPT-NeoX checkpoint, which does not say its model: give its YAML too")
+        return open_neox(folder, spec, grouped)
+    source = HFSource(folder)
+    if spec is not None:
+        _require_same(folder, spec, source.spec)
+    return ForeignReader(folder, spec or source.spec, source.read, what="Hugging Face model")
+
+
+def _require_same(folder: Path, spec: ModelSpec, theirs: ModelSpec) -> None:
+    """The configured model is the folder's, but for its vocabulary: tokenizers often know fewer ids than there are
+    rows."""
+    mine = spec.to_dict()
+    differing = [
+        f"{name}: {CONFIG} {value!r}, config {mine[name]!r}"
+        for name, value in theirs.to_dict().items()
+        if name not in _FREE_FIELDS and value != mine[name]
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{folder} is of another model than the configured one:\n  " + "\n  ".join(differing) + "\nSet the "
+            "architecture keys to those of that model: tools/ckpts/convert_hf_to_neox.py writes its YAML."
+        )
 
 
 def require_weights(root: str | Location, step: int | None = None) -> None:
@@ -60,13 +93,11 @@ def open_weights(
         return open_checkpoint(root, step, kinds=kinds, part=part, parts=parts, agree=agree, report=report)
     reader, problem = None, None
     try:
-        if spec is None:
-            raise CheckpointError(f"{folder} is a GPT-NeoX checkpoint, which does not say its model: give its YAML too")
-        reader = open_neox(folder, spec, grouped)
+        reader = _open_foreign(folder, spec, grouped)
         reader.verify(kinds, part, parts)
     except CheckpointError as error:
         problem = error
     if not agree(problem is None) or reader is None:
         raise problem or CheckpointError(f"{folder} cannot be read, see another rank's message")
-    report(f"{folder} is a GPT-NeoX checkpoint: its weights are read as the configured model{reader.note}")
+    report(f"{folder} is a {reader.what}: its weights are read as the configured model{reader.note}")
     return reader

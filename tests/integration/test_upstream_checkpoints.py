@@ -14,6 +14,7 @@ from megatron.cli.export_to_gpt_neox import main as export_to_gpt_neox
 from megatron.cli.generate import main as generate
 from megatron.common.errors import CheckpointError
 from megatron.config import load
+from megatron.convert.export import export_checkpoint
 from megatron.convert.neox_export import export_neox
 from megatron.model.from_config import model_spec
 from tests.integration.run_cases import checkpoint_tensors, train_run, write_config
@@ -62,6 +63,21 @@ def test_fine_tuning_from_upstream_is_fine_tuning_from_the_native_checkpoint(
     left, right = (checkpoint_tensors(tmp_path / name) for name in runs)
     assert left.keys() == right.keys()
     assert all(torch.equal(left[key], right[key]) for key in left)
+
+
+def test_fine_tuning_from_a_hugging_face_folder(ranks: Ranks, tmp_path: Path) -> None:
+    ranks(train_run, 1, str(write_config(tmp_path, "native", train_iters=2)))
+    export_checkpoint(open_checkpoint(tmp_path / "native"), tmp_path / "hf", "fp32")
+    layout = {"model_parallel_size": 2, "pipe_parallel_size": 2}
+    changes = {"finetune": True, "train_iters": 2, **layout}
+    runs = [
+        ranks(train_run, 4, str(write_config(tmp_path, name, load=str(tmp_path / source), **changes)))[0]["losses"]
+        for name, source in (("from_native", "native"), ("from_hf", "hf"))
+    ]
+    assert runs[0] == runs[1]
+    other = write_config(tmp_path, "other", load=str(tmp_path / "hf"), finetune=True, rotary_pct=1.0)
+    with pytest.raises(RankFailure, match=r"rotary_dims: config\.json 4, config 8"):
+        ranks(train_run, 1, str(other))
 
 
 def test_what_upstream_cannot_give_is_refused(ranks: Ranks, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from megatron.convert.family import EMBEDDING, Family, Values, pair, rope_keys
+from megatron.convert.family import EMBEDDING, NEOX_HEADS, Family, Values, pair, rope_keys
 from megatron.convert.recipes import SAME, Group
 from megatron.model.spec import ModelSpec
 
@@ -91,4 +91,5 @@ def _as_expressed(spec: ModelSpec) -> ModelSpec:
 GPT_NEOX = Family(
     "gpt_neox", "GPTNeoXForCausalLM", _read, _write, _groups, "gpt_neox.",
     (".attention.bias", ".attention.masked_bias", ".attention.rotary_emb.inv_freq"), "embed_out.weight", _as_expressed,
+    NEOX_HEADS,
 )  # fmt: skip

@@ -1,0 +1,144 @@
+"""Low-rank updates as a PEFT adapter: a folder that `peft.PeftModel.from_pretrained(base, folder)` puts on its base.
+
+One module of transformers may hold what are several of ours (queries, keys and values in one matrix) and the other way
+round. Where several of our updates fall into one matrix, theirs stands for the sum of them: its rank is the sum of
+the ranks, its first matrix all of ours below each other, its second one block beside another.
+Invariant: B A of the adapter is the rearranged sum of ours, element by element.
+Source: the file names and keys of PEFT 0.7 to 0.21.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from megatron.common.errors import CheckpointError
+from megatron.common.files import atomic_write_text, fsync_directory
+from megatron.convert.families import family_for
+from megatron.convert.family import Family
+from megatron.convert.foreign import AnyReader
+from megatron.convert.recipes import Group
+from megatron.model.spec import ModelSpec
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+# A width that no model has, to tell apart the two sides of a matrix.
+_ODD_WIDTH = 7919
+
+
+def export_adapter(
+    reader: AnyReader, output: Path, *, dtype: torch.dtype, base: str = "", model_type: str | None = None
+) -> int:
+    """Write the updates of a checkpoint as an adapter; the number of modules is returned.
+
+    base: what adapter_config.json names as the base model. model_type: the architecture of the base model; None
+    chooses.
+    Raises: CheckpointError if there are no updates, or `output` exists and is not empty.
+    """
+    spec = ModelSpec.from_dict(reader.state["model_spec"])
+    if spec.lora is None:
+        raise CheckpointError(f"{reader.folder} has no low-rank updates. Export the model without --adapter.")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise CheckpointError(f"{output} exists and is not empty. Remove it, or choose another --output_dir.")
+    family = family_for(_without_updates(spec), model_type)
+    tensors, ranks = _tensors(reader, spec, family, dtype)
+    temporary = output.with_name(f".{output.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+        atomic_write_text(temporary / CONFIG, json.dumps(_config(spec, family, ranks, base), indent=2) + "\n")
+        fsync_directory(temporary)
+        if output.exists():
+            output.rmdir()
+        os.rename(temporary, output)
+        fsync_directory(output.absolute().parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return len(ranks)
+
+
+def _without_updates(spec: ModelSpec) -> ModelSpec:
+    return ModelSpec.from_dict({**spec.to_dict(), "lora": None})
+
+
+def _tensors(
+    reader: AnyReader, spec: ModelSpec, family: Family, dtype: torch.dtype
+) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+    """(tensors of the file, rank of each updated module)."""
+    updated, tensors, ranks = set(reader.names()), dict[str, torch.Tensor](), dict[str, int]()
+    for group in family.all_groups(_without_updates(spec)):
+        own = [name.removesuffix(".weight") for name in group.ours]
+        layers = [layer for layer in own if f"{layer}.lora.a" in updated]
+        if not layers:
+            continue
+        first = torch.cat([reader.read(f"{layer}.lora.a", dtype=torch.float32) for layer in layers])
+        parts = _second_matrices(reader, group, layers, len(first))
+        for theirs, second in zip(group.theirs, parts, strict=True):
+            module = theirs.removesuffix(".weight")
+            ranks[module] = len(first)
+            stem = f"base_model.model.{module}"
+            tensors[f"{stem}.lora_A.weight"] = first.to(dtype).clone()
+            tensors[f"{stem}.lora_B.weight"] = second.to(dtype).contiguous()
+    if spec.task != "causal_lm":  # a head that was trained whole
+        for group in family.all_groups(spec)[-1 - spec.head_bias :]:
+            tensors[f"base_model.model.{group.theirs[0]}"] = reader.read(group.ours[0], dtype=dtype)
+    return tensors, ranks
+
+
+def _second_matrices(reader: AnyReader, group: Group, layers: list[str], width: int) -> list[torch.Tensor]:
+    """The second matrix of each of the group's tensors: rows as the recipe moves them, columns of all updates."""
+    wide, begin = [], 0
+    for name in group.ours:
+        layer = name.removesuffix(".weight")
+        rows = reader.spec(name).logical_shape[0]
+        block = torch.zeros((rows, width))
+        if layer in layers:
+            second = reader.read(f"{layer}.lora.b", dtype=torch.float32)
+            block[:, begin : begin + second.shape[1]] = second
+            begin += second.shape[1]
+        wide.append(block)
+    moved = group.recipe.to_hf(wide)
+    shapes = group.recipe.to_hf([torch.empty((len(block), _ODD_WIDTH), device="meta") for block in wide])
+    # GPT-2's matrices are [in, out]; an adapter's second matrix is [out, rank] whatever it is put on.
+    return [part if shape.shape[1] == _ODD_WIDTH else part.t() for part, shape in zip(moved, shapes, strict=True)]
+
+
+def _config(spec: ModelSpec, family: Family, ranks: dict[str, int], base: str) -> dict[str, Any]:
+    assert spec.lora is not None
+    usual, scale = spec.lora.rank, spec.lora.alpha / spec.lora.rank
+    unusual = {module: rank for module, rank in ranks.items() if rank != usual}
+    kinds = {"causal_lm": "CAUSAL_LM", "sequence_classification": "SEQ_CLS", "token_classification": "TOKEN_CLS"}
+    # Of each name the part that tells the module within its layer.
+    targets = sorted({module.rpartition(".")[2] for module in ranks})
+    return {
+        "peft_type": "LORA",
+        "task_type": kinds.get(spec.task, "QUESTION_ANS"),
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": usual,
+        "lora_alpha": spec.lora.alpha,
+        "lora_dropout": spec.lora.dropout,
+        "target_modules": targets if _are_all(targets, ranks, spec, family) else sorted(ranks),
+        "rank_pattern": unusual,
+        "alpha_pattern": {module: scale * rank for module, rank in unusual.items()},
+        "bias": "none",
+        "fan_in_fan_out": family.model_type == "gpt2",
+        "modules_to_save": None if spec.task == "causal_lm" else [family.heads[spec.task][1]],
+    }
+
+
+def _are_all(targets: list[str], ranks: dict[str, int], spec: ModelSpec, family: Family) -> bool:
+    """Whether the last parts of the names mean these modules and no others."""
+    modules = {
+        theirs.removesuffix(".weight")
+        for group in family.all_groups(_without_updates(spec))
+        for theirs in group.theirs
+        if theirs.endswith(".weight")
+    }
+    return {module for module in modules if module.rpartition(".")[2] in targets} == set(ranks)
