@@ -19,6 +19,10 @@ _EXTRA = "deepspeed_extra_args"
 _OWN_KEYS = {str(field_extra(name, "deepspeed")): name for name in FIELDS if field_extra(name, "deepspeed")}
 
 
+# No key of DeepSpeed's configuration, but its launcher's; files of upstream's users have it there.
+_OWN_KEYS["ssh_port"] = "ssh_port"
+
+
 @dataclass(frozen=True)
 class Setting:
     """A value from the command line, and how it was written there: `--set seed=7`."""

@@ -71,7 +71,6 @@ def test_what_passes_deepspeed_takes(tiny: Callable[..., Config], block: str) ->
         ({"zero_optimization": {"stage": 1, "sub_group_size": -1}}, "sub_group_size = -1 must be at least 0."),
         ({"fp16": {"loss_scael": 0}}, "unknown key loss_scael in fp16. Did you mean loss_scale"),
         ({"bf16": {"bf16_optimizer_states": True}}, "bf16_optimizer_states = true: master weights and gradients are"),
-        ({"deepspeed_extra_args": {"ssh_port": 22}}, "ssh_port has a key of its own. Move it out of the block"),
         ({"deepspeed_extra_args": {"log_levle": "info"}}, "unknown key log_levle in deepspeed_extra_args: DeepSpeed"),
         ({"deepspeed_extra_args": {"log_levle": "info"}}, "Did you mean log_level?"),
         ({"deepspeed_extra_args": {"optimizer": {}}}, "deepspeed_extra_args.optimizer = {}: the key optimizer says it"),

@@ -127,6 +127,12 @@ def test_values_of_set_are_yaml(text: str, value: object) -> None:
     assert settings("--set", f"wandb_group={text}")["wandb_group"].value == value
 
 
+def test_the_ssh_port_in_extra_args_is_the_key(write: Write) -> None:
+    config = load([write("my.yml", BASE + "deepspeed_extra_args: {ssh_port: 2222}\n")], devices=1)
+    assert config.launcher.ssh_port == 2222
+    assert config.deepspeed.deepspeed_extra_args is None
+
+
 def test_moving_out_of_extra_args_keeps_the_places(write: Write) -> None:
     path = write("my.yml", BASE + "deepspeed_extra_args:\n  comms_logger:\n    enable: true\n")
     with pytest.raises(ConfigError) as caught:
