@@ -33,7 +33,7 @@ RELATIVE_BOUND = 1e-4
 # Rounding every weight to 8 (11) significant bits moves a logit by some multiple of 2^-8 (2^-11) of the largest one.
 ROUNDING_BOUND = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.3}
 # Of the fp32 weights that transformers holds at a time; one layer is always taken.
-RUN_BYTES = 1_500_000_000
+RUN_BYTES = 500_000_000
 
 
 @dataclass(frozen=True)
