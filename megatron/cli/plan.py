@@ -143,14 +143,25 @@ def _undivided(
 ) -> Config:
     """The same model and global batch on one process. Raises: the refusal, if the layout is not what is wrong."""
     changes = {**overrides, **UNDIVIDED}
-    if config is not None:
-        changes["train_batch_size"] = config.batch.train_batch_size
     try:
+        changes["train_batch_size"] = (
+            _sequences(options, overrides) if config is None else config.batch.train_batch_size
+        )
         return load(options.conf_file, changes, conf_dir=options.conf_dir, devices=1, planning=True)
     except ConfigError:
         if refusal is not None:
             raise refusal from None
         raise
+
+
+def _sequences(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    """The global batch of a file whose layout does not go with so many GPUs: as given, or of the replicas that fit."""
+    least = load(options.conf_file, overrides, conf_dir=options.conf_dir, planning=True)
+    sequences: int = least.batch.train_batch_size
+    if not least.origin("train_batch_size").startswith("derived"):
+        return sequences
+    replicas = max(1, options.gpus // (least.parallel.num_stages * least.parallel.model_parallel_size))
+    return sequences // least.parallel.data_parallel_size * replicas
 
 
 def _cluster(options: argparse.Namespace, config: Config | None) -> Cluster:

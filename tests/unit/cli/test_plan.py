@@ -118,6 +118,9 @@ def test_a_layout_that_cannot_run_is_explained_and_replaced(plan: Plan) -> None:
     assert "As configured, it cannot run on 8 GPUs" in text
     assert "3 * 2 = 6 does not divide the 8 processes" in text
     assert "pipe_parallel_size: 1" in text
+    # Without train_batch_size, the batch of the one replica that has room.
+    more += "train_batch_size:\ntrain_micro_batch_size_per_gpu: 2\ngradient_accumulation_steps: 12\n"
+    assert "train_batch_size: 24\n" in plan("--gpus", "8", "--gpu-memory", "80GB", more=more)
     with pytest.raises(ConfigError, match="does not divide the 8 processes"):
         plan("--gpus", "8", more=more)
 
