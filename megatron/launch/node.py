@@ -26,7 +26,7 @@ from megatron.launch.commands import RankCommand
 from megatron.launch.environment import read_env_file
 from megatron.launch.job import CONFIG_FILE, JOB_FILE, OUTCOME_FILE, STUCK_FILE, Job, gpus_here, require_resolvable
 from megatron.launch.spawn import FORWARDED, read_output, run_ranks, start_process
-from megatron.launch.submit import continued
+from megatron.launch.submit import continued, require_progress
 from megatron.launch.team import START_S, Team
 from megatron.launch.wire import Channel, Message, connect, interface_of
 
@@ -140,7 +140,9 @@ def _config_file(job: Job) -> str:
         return CONFIG_FILE
     submitted = Path(job.folder) / CONFIG_FILE
     name = f"continued-{os.environ['SLURM_JOB_ID']}.json"
-    continued(Config.read(submitted), submitted.stat().st_mtime).write(submitted.with_name(name))
+    config = continued(Config.read(submitted), submitted.stat().st_mtime)
+    require_progress(config, submitted.with_name(f"starts-{os.environ['SLURM_JOB_ID']}"))
+    config.write(submitted.with_name(name))
     return name
 
 

@@ -17,7 +17,7 @@ from megatron.launch import commands as commands_module
 from megatron.launch.commands import needs_other_hosts, rank_commands
 from megatron.launch.job import Job, make_folder, plan_job, remove_folder, require_resolvable
 from megatron.launch.starters import starter
-from megatron.launch.submit import Request, batch_script, continued, submit
+from megatron.launch.submit import Request, batch_script, continued, require_progress, submit
 
 TINY = {
     "num_layers": 2,
@@ -236,3 +236,17 @@ def test_a_requeued_job_goes_on_from_its_own_checkpoints_only(tmp_path: Path) ->
     assert continued(asked, written + 1) == asked
     after = continued(asked, written - 1).checkpoint
     assert (after.load, after.finetune, after.iteration, after.allow_fresh_start) == (str(save), False, None, False)
+
+
+def test_a_job_that_never_gets_on_is_given_up(tmp_path: Path) -> None:
+    asked = config(save=str(tmp_path / "save"), checkpoint_factor=5)
+    record = tmp_path / "starts"
+    for _ in range(2):
+        require_progress(asked, record)
+    manifest = tmp_path / "save" / "global_step5" / "manifest.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text("{}")
+    for _ in range(3):
+        require_progress(asked, record)
+    with pytest.raises(LaunchError, match=r"started 4 times in a row from the same place \(global_step5"):
+        require_progress(asked, record)
