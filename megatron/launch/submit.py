@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import re
 import shlex
 import shutil
@@ -59,7 +60,7 @@ def submit(config: Config, script: str, request: Request, command: Sequence[str]
     """
     logs = Path(config.observe.log_dir or "logs").absolute()
     name = request.job_name or _name_of(config)
-    folder = logs / "jobs" / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = logs / "jobs" / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     job = dataclasses.replace(plan_job(config, script, folder, {}), is_batch=True)
     _check(config, request, job)
     text = batch_script(config, request, job, name, logs / "jobs", command)
@@ -76,7 +77,10 @@ def submit(config: Config, script: str, request: Request, command: Sequence[str]
     done = subprocess.run(["sbatch", "--parsable", str(file)], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         shutil.rmtree(folder, ignore_errors=True)
-        raise LaunchError(f"sbatch refuses the job: {done.stderr.strip()}\nThe script was:\n{text}")
+        raise LaunchError(
+            f"sbatch did not take the job (exit code {done.returncode}): {done.stderr.strip()}\n--submit --dry-run prints "
+            "the script."
+        )
     number = done.stdout.strip().split(";")[0]
     return f"submitted job {number}\nscript {file}\nlog    {logs / 'jobs' / f'{name}-{number}.log'}"
 
