@@ -78,8 +78,8 @@ def submit(config: Config, script: str, request: Request, command: Sequence[str]
     if done.returncode != 0:
         shutil.rmtree(folder, ignore_errors=True)
         raise LaunchError(
-            f"sbatch did not take the job (exit code {done.returncode}): {done.stderr.strip()}\n--submit --dry-run prints "
-            "the script."
+            f"sbatch did not take the job (exit code {done.returncode}): {done.stderr.strip()}\n--submit --dry-run "
+            "prints the script."
         )
     number = done.stdout.strip().split(";")[0]
     return f"submitted job {number}\nscript {file}\nlog    {logs / 'jobs' / f'{name}-{number}.log'}"
