@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from megatron.config.plan import count_parameters
 from megatron.model.attention import SelfAttention
 from megatron.model.build import Transformer, build_model, choose_attention, layer_list
 from megatron.model.from_config import model_spec
+from megatron.model.spec import ModelSpec, RopeScaling
 from megatron.parallel.process_groups import ProcessGroups
 from megatron.parallel.sharding import get_shard_spec
 from megatron.parallel.topology import Topology
@@ -152,3 +154,16 @@ def test_the_asked_attention_backend_is_used_or_refused() -> None:
     rpe = build_model(tiny_spec(position="rpe", rotary_dims=0))
     with pytest.raises(ConfigError, match="'flex' cannot serve this model: it has no bias"):
         choose_attention(rpe, "flex", torch.device("cuda"), torch.bfloat16)
+
+
+def test_a_manifest_from_before_the_switches_means_the_same_model() -> None:
+    spec = tiny_spec(attention_bias=False, num_kv_heads=2)
+    added = {
+        *("head_dim", "norm_offset", "rotary_interleaved", "rope_scaling", "rpe_buckets", "rpe_max_distance"),
+        *("qkv_bias", "head_bias", "qk_norm", "window", "window_layers", "embedding_scale"),
+    }
+    old = {name: value for name, value in spec.to_dict().items() if name not in added}
+    assert ModelSpec.from_dict(old) == spec
+    assert (spec.head_dim, spec.qkv_bias) == (6, False)
+    new = tiny_spec(rope_scaling=RopeScaling("yarn", 2.0, 8), window=3, window_layers=(0, 2), head_dim=8)
+    assert ModelSpec.from_dict(json.loads(json.dumps(new.to_dict()))) == new
