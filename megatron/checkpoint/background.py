@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from megatron.checkpoint.save import Saved
 from megatron.common.errors import CheckpointError
+from megatron.common.heartbeat import helped
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ class BackgroundSaver:
         if self._thread is None:
             return None
         self._hurry.set()
-        self._thread.join()
+        with helped():
+            self._thread.join()
         self._thread = None
         return self._outcome
 

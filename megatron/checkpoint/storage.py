@@ -18,6 +18,8 @@ from megatron.common.errors import CheckpointError
 
 # A Path here, a RemotePath in ObjectStorage: each kind of storage takes its own.
 Address = Any
+# A file is flushed in portions: how long one flush takes is then bounded, and between two the watchdog sees progress.
+_FLUSH_BYTES = 1 << 30
 
 
 class Storage:
@@ -69,7 +71,7 @@ class Storage:
         is_lasting: false leaves out the flush, for a file whose loss in a power cut does no harm.
         Raises: OSError that names the file.
         """
-        total = 0
+        total = unflushed = 0
         with naming(path):
             fd = self.create(path)
             try:
@@ -77,7 +79,11 @@ class Storage:
                     view = memoryview(chunk).cast("B")
                     total += len(view)
                     while len(view):
-                        view = view[self.write(fd, view) :]
+                        written = self.write(fd, view)
+                        view, unflushed = view[written:], unflushed + written
+                    if is_lasting and unflushed >= _FLUSH_BYTES:
+                        self.flush(fd)
+                        unflushed = 0
                 if is_lasting:
                     self.flush(fd)
             finally:

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron.common.heartbeat import beat
 from megatron.common.errors import DataError
 from megatron.common.files import atomic_write
+from megatron.common.heartbeat import busy
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +49,10 @@ def cached_arrays(
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with _lock(files[0].with_suffix(".lock")):
-                beat()
                 if not all(file.is_file() for file in files):
-                    _write_all(files, build())
-                beat()
+                    # A single call of NumPy may take many minutes here.
+                    with busy():
+                        _write_all(files, build())
             return _map_all(files)
         except OSError as error:
             if folder != folders[-1]:

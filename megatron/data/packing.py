@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron.common.heartbeat import beat
 from megatron.common.errors import DataError
 
 
@@ -43,9 +42,7 @@ def build_packed_index(
     rng = np.random.RandomState(seed)
     document_order = np.tile(documents.astype(np.int32), num_epochs)
     rng.shuffle(document_order)
-    beat()
     sample_starts = _sample_starts(sizes, document_order, seq_length)
-    beat()
     return PackedIndex(document_order, sample_starts, shuffled_order(len(sample_starts) - 1, rng))
 
 

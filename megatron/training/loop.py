@@ -202,7 +202,7 @@ def _recover(
         run.anomalies,
         run.reporter.message,
         run.saver.options,
-        before_rollback=run.saver.close,
+        before_rollback=run.saver.settle,
     )
     origin = recovery.after_skip(decision, run.position.step, result, batches, states)
     if decision.action == "skip":

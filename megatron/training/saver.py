@@ -87,25 +87,27 @@ class Saver:
             outcome = self._background.poll()
             self._tell(self._background, outcome)
 
+    def settle(self) -> None:
+        """Wait for the save in flight: the run goes on with what is on the disk. Collective. Raises: as `save`."""
+        if self._background is not None and self._background.is_busy:
+            self._message(f"waiting for the save of step {self._background.step}")
+            self._tell(self._background, self._background.wait())
+
     def finish(self) -> None:
         """Wait for the save in flight: the run is about to leave. Collective.
 
         Raises: CheckpointError if the newest save of the run did not come about, whatever on_save_failure says.
         """
-        if self._background is not None and self._background.is_busy:
-            self._message(f"waiting for the save of step {self._background.step}")
-            self._tell(self._background, self._background.wait())
+        self.settle()
         if self._failure is not None:
             raise CheckpointError(f"{self._failure} This was the last save of the run.") from self._failure
 
     def close(self) -> None:
         """Wait for the save in flight and only report how it went: for a run that ends by another error."""
-        if self._background is not None and self._background.is_busy:
-            self._message(f"waiting for the save of step {self._background.step}")
-            try:
-                self._tell(self._background, self._background.wait())
-            except Exception as error:  # the error that ends the run is the one to raise
-                self._message(f"error: {error}")
+        try:
+            self.settle()
+        except Exception as error:  # the error that ends the run is the one to raise
+            self._message(f"error: {error}")
 
     def _save_in_background(self, background: BackgroundSaver, position: Position) -> None:
         started = time.perf_counter()

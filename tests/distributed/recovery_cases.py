@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 from typing import Any
 
 import torch
 
+from megatron.checkpoint.storage import Storage
 from megatron.common.errors import MegatronError
 from megatron.config import load
 from megatron.data.loader import Batch
 from megatron.engine.distributed import stop_distributed
 from megatron.training import loop
+from megatron.training.reliability import recovery
 from megatron.training.setup import build_run
+from tests.integration.saving_cases import watch
 
 
-def run_over(config_file: str, bad: tuple[int, int] | None = None, consumed: int | None = None) -> dict[str, Any]:
+def run_over(
+    config_file: str, bad: tuple[int, int] | None = None, consumed: int | None = None, full_at: str = ""
+) -> dict[str, Any]:
     """Train as the file says; samples [bad[0], bad[1]) have a NaN in their mask.
 
-    consumed: go on at this sample, whatever the checkpoint says.
+    consumed: go on at this sample, whatever the checkpoint says. full_at: the disk is full when rank 0 creates a file
+    whose path holds these characters; "roll-back": at the pointer that a roll-back sets.
     Returns the exit code and text of the error (0 and "" without), the samples of every step in the order of time, the
     position, and all messages.
     """
+    if full_at == "roll-back":
+        recovery.Storage = type("FullStorage", (Storage,), {"replace_text": _no_space})  # type: ignore[misc]
+    elif full_at and os.environ["RANK"] == "0":
+        watch(lambda operation, path: _no_space() if operation == "create" and full_at in str(path) else None)
     run = build_run(load([config_file], devices=int(os.environ["WORLD_SIZE"])))
     if consumed is not None:
         run.position.consumed_samples = consumed
@@ -53,3 +64,7 @@ def run_over(config_file: str, bad: tuple[int, int] | None = None, consumed: int
     outcome |= {"skipped": run.anomalies.num_skipped, "rollbacks": run.anomalies.rollbacks}
     stop_distributed()
     return outcome
+
+
+def _no_space(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

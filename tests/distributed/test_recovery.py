@@ -74,6 +74,25 @@ def test_a_run_that_cannot_get_past_stops_with_a_checkpoint_from_before(ranks: R
     assert (again["code"], again["samples"]) == (0, [7 * BATCH, 8 * BATCH, 9 * BATCH])
 
 
+@pytest.mark.parametrize(
+    ("full_at", "told"),
+    [
+        # Still being written when the run rolls back: that it failed stops the run there as anywhere else.
+        (".global_step6.tmp/rank", "step 6 was not saved"),
+        ("roll-back", "latest cannot be set to step 4, from which the run would go on: "),
+    ],
+)
+def test_a_roll_back_with_a_full_disk_ends_on_all_ranks(ranks: Ranks, tmp_path: Path, full_at: str, told: str) -> None:
+    path = write_config(tmp_path, **SETTINGS, async_save=True)
+    results = ranks(run_over, 2, str(path), BAD, None, full_at, timeout=120)
+    assert [result["code"] for result in results] == [5, 5]
+    for result in results:
+        assert told in result["error"]
+        assert "no space" in result["error"].lower()
+        assert result["rollbacks"] == 0
+        assert len(result["samples"]) == 7
+
+
 def test_without_anything_to_go_back_to_it_stops_and_saves(ranks: Ranks, tmp_path: Path) -> None:
     path = write_config(tmp_path, **{**SETTINGS, "checkpoint_factor": 100, "train_iters": 8})
     (result,) = ranks(run_over, 1, str(path), (0, 5 * BATCH), timeout=120)

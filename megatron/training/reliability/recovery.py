@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.checkpoint.find import LATEST, complete
-from megatron.checkpoint.location import RemotePath
+from megatron.checkpoint.location import Location, RemotePath
 from megatron.checkpoint.object_storage import ObjectStorage
 from megatron.checkpoint.storage import Storage
 from megatron.common.errors import CheckpointError, NonFiniteLossError
@@ -71,12 +71,7 @@ class Recovery:
         if folder is None or first_bad is None:
             return None
         self.before_rollback()
-        steps: list[Any] = [[]]
-        if self.engine.groups.is_main:
-            found, _ = complete(folder)
-            steps = [sorted({c.step for c in found if c.step < first_bad}, reverse=True)]
-        dist.broadcast_object_list(steps, src=0)
-        candidates: list[int] = steps[0]
+        candidates = self._on_main(lambda: _steps_before(folder, first_bad), f"{folder} cannot be listed") or []
         for step in candidates[min(self.policy.recent_rollbacks, max(0, len(candidates) - 1)) :]:
             options = LoadOptions(folder, step, with_rng=self.saving.with_rng)
             try:
@@ -85,10 +80,12 @@ class Recovery:
                 self.message(f"warning: cannot go back to step {step}: {error}")
                 failure = error
                 continue
-            if self.engine.groups.is_main:
-                # What was written later belongs to a course that is left; a restart must not take it up.
-                disk = ObjectStorage() if isinstance(folder, RemotePath) else Storage()
-                disk.replace_text(folder / LATEST, f"global_step{step}")
+            # What was written later belongs to a course that is left; a restart must not take it up.
+            disk = ObjectStorage() if isinstance(folder, RemotePath) else Storage()
+            self._on_main(
+                lambda disk=disk, step=step: disk.replace_text(folder / LATEST, f"global_step{step}"),  # type: ignore[misc]
+                f"{folder / LATEST} cannot be set to step {step}, from which the run would go on",
+            )
             self.policy.rolled_back(loaded.anomalies)
             behind = position.consumed_samples
             if self.policy.options.skip_data:
@@ -106,6 +103,19 @@ class Recovery:
             # What is in memory now may be half of a checkpoint: nothing may be saved or trained any more.
             raise failure
         return None
+
+    def _on_main(self, work: Callable[[], Any], failed: str) -> Any:
+        """What `work` gives on the main rank, for all. Collective. Raises: CheckpointError on all if it fails there."""
+        answer: list[Any] = [None, ""]
+        if self.engine.groups.is_main:
+            try:
+                answer[0] = work()
+            except (OSError, CheckpointError) as error:
+                answer[1] = f"{failed}: {error}. Mend that, then start the run again."
+        dist.broadcast_object_list(answer, src=0)
+        if answer[1]:
+            raise CheckpointError(answer[1])
+        return answer[0]
 
     def stop(self, decision: Decision, step: int, origin: Origin | None, *, is_saved: bool) -> NonFiniteLossError:
         """The error that ends the run."""
@@ -128,6 +138,11 @@ class Recovery:
             f"step {step}: {decision.reason}.{found}{no_rollback}\n{state} Go on with a lower learning rate, stronger "
             "gradient_clipping or other data; docs/failures.md tells what the anomaly_* keys do."
         )
+
+
+def _steps_before(folder: Location, step: int) -> list[int]:
+    """Steps of the complete checkpoints from before `step`, the newest first."""
+    return sorted({found.step for found in complete(folder)[0] if found.step < step}, reverse=True)
 
 
 def _span(batches: Sequence[Batch], engine: TrainEngine) -> str:
