@@ -5,10 +5,12 @@ Invariant: whatever is wrong with the configuration or the files it names is sai
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,13 +18,16 @@ from megatron.cli import doctor
 from megatron.cli.plan import add_plan_flags, check_plan_flags, print_plan
 from megatron.common.errors import ConfigError
 from megatron.common.rank import starter_of
+from megatron.common.stop import STARTED_AT
 from megatron.config import Config, load, require_inputs
 from megatron.config.draft import did_you_mean
 from megatron.launch import node
 from megatron.launch.arguments import Parser, add_flags, overrides_of
 from megatron.launch.commands import needs_other_hosts, rank_commands
+from megatron.launch.restarts import refuse_restarts, require_restartable, run_with_restarts
 from megatron.launch.several_hosts import describe_job, run_job
 from megatron.launch.spawn import run_ranks
+from megatron.launch.stopping import EXIT_GRACE
 from megatron.launch.submit import add_submit_flags, own_command, request_of, submit, submit_overrides
 
 INFERENCE_SCRIPTS = ("generate", "evaluate", "eval")
@@ -54,6 +59,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--doctor", action="store_true", help="look at this machine: what it has, lacks, and how to mend it"
     )
+    parser.add_argument(
+        "--max-restarts",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="when the run fails, start it again from its newest checkpoint, at most N times",
+    )
     parser.add_argument("--autotuning", choices=("tune", "run"), help="not supported yet")
     add_submit_flags(parser)
     add_flags(parser)
@@ -70,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     starter = starter_of(os.environ)
     if starter != "alone" and not (options.dry_run or options.submit):
         # Already one of the processes of srun, mpirun or torchrun: become that rank.
+        refuse_restarts(options.max_restarts, starter)
         os.execv(
             sys.executable, [sys.executable, "-u", options.user_script, *_without_script(argv, options.user_script)]
         )
@@ -85,11 +98,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         request = request_of(options, config)
         print(submit(config, options.user_script, request, own_command(argv), dry_run=options.dry_run))
         return 0
-    return start(config, options.user_script)
+    if not options.max_restarts:
+        return start(config, options.user_script)
+    require_restartable(config, options.user_script, is_inference=inference)
+    return run_with_restarts(
+        lambda current: start(current, options.user_script, stays=True), config, options.max_restarts
+    )
 
 
-def start(config: Config, script: str) -> int:
-    """Start the script's processes and wait for them; a single one on this host takes this process's place."""
+def start(config: Config, script: str, *, stays: bool = False) -> int:
+    """Start the script's processes and wait for them.
+
+    A single one on this host takes this process's place, unless it `stays`.
+    """
+    # For the processes, and for the launchers of other hosts. The job's time runs on through restarts.
+    os.environ.setdefault(STARTED_AT, str(time.time()))
+    os.environ[EXIT_GRACE] = str(config.launcher.exit_grace_in_mins)
     if needs_other_hosts(config, os.environ):
         return run_job(config, script)
     folder = Path(tempfile.mkdtemp(prefix="megatron-"))
@@ -97,7 +121,7 @@ def start(config: Config, script: str) -> int:
         file = folder / "config.json"
         commands = rank_commands(config, script, file)
         config.write(file)
-        if len(commands) == 1:
+        if len(commands) == 1 and not stays:
             sys.stdout.flush()
             environment = {**os.environ, **commands[0].added, "MEGATRON_REMOVE_CONFIG": str(file)}
             os.execve(sys.executable, commands[0].arguments, environment)
@@ -124,6 +148,12 @@ def _require_script(script: str) -> None:
         here = sorted(entry.name for entry in Path().glob("*.py"))
         near = did_you_mean(Path(script).name, here) or (f" Here are: {', '.join(here)}." if here else "")
         raise ConfigError(f"{script}: there is no such script (looked from {Path.cwd()}).{near}")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number, 0 or more")
+    return int(text)
 
 
 def _without_script(argv: Sequence[str], script: str) -> list[str]:

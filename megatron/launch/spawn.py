@@ -19,11 +19,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from types import FrameType
 from typing import IO, Protocol
 
 from megatron.launch.commands import RankCommand
 from megatron.launch.error_reports import ErrorReports
+from megatron.launch.stopping import Stopping
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 # After the first failure: time for the others to fail by themselves, then to end on SIGTERM, before SIGKILL.
@@ -132,13 +132,15 @@ def run_ranks(
     start_elsewhere: starts the ranks of other hosts, those whose command has a node other than 0; the host then stands
     in front of every line.
 
-    Returns the exit code: 0, or that of the rank that failed first (128 + n for one that signal n ended).
+    Returns the exit code: 0, or that of the rank that failed first (128 + n for one that signal n ended), or 128 + n
+    when signal n asked the run to stop.
     """
     ended: queue.Queue[Rank | None] = queue.Queue()
     reports = ErrorReports(len(commands), on_first=lambda: ended.put(None))
     ranks: list[Rank] = []
     here = os.uname().nodename if start_elsewhere is not None else None
-    previous = {number: signal.signal(number, _forwarder(ranks)) for number in FORWARDED}
+    stopping = Stopping(ranks)
+    previous = {number: signal.signal(number, stopping) for number in FORWARDED}
     # Only a rank in our own process group may read from the terminal, and Ctrl-C then reaches it without us.
     at_terminal = _is_foreground()
     try:
@@ -150,8 +152,9 @@ def run_ranks(
         for rank in ranks:
             rank.start_reading()
             threading.Thread(target=_wait, args=(rank, ended), daemon=True).start()
-        return _supervise(ranks, ended, reports)
+        return _supervise(ranks, ended, reports, stopping)
     finally:
+        stopping.close()
         for rank in ranks:
             if rank.process.poll() is None or not rank.shares_group:
                 rank.send(signal.SIGKILL)
@@ -160,7 +163,7 @@ def run_ranks(
             signal.signal(number, handler)
 
 
-def _supervise(ranks: list[Rank], ended: queue.Queue[Rank | None], reports: ErrorReports) -> int:
+def _supervise(ranks: list[Rank], ended: queue.Queue[Rank | None], reports: ErrorReports, stopping: Stopping) -> int:
     """`ended` gives each rank as it ends, and None when the first error is reported."""
     running = set(ranks)
     failed: Rank | None = None
@@ -183,7 +186,8 @@ def _supervise(ranks: list[Rank], ended: queue.Queue[Rank | None], reports: Erro
             steps.append((now + REPORT_S, None))
         else:
             running.discard(rank)
-            if rank.process.returncode != 0 and failed is None:
+            code = rank.process.returncode or 0
+            if code != 0 and failed is None and not stopping.is_stop(code):
                 failed = rank
                 steps += [(now + OWN_END_S, signal.SIGTERM), (now + OWN_END_S + TERM_S, signal.SIGKILL)]
         steps.sort(key=lambda step: step[0])
@@ -192,7 +196,7 @@ def _supervise(ranks: list[Rank], ended: queue.Queue[Rank | None], reports: Erro
         reader.join(timeout=max(0.0, deadline - time.monotonic()))
     if failed is None:
         _print(reports.show())
-        return 0
+        return stopping.exit_code
     # A rank that said what is wrong and took its time to end came before one that had merely lost it.
     spoke = next((rank for rank in ranks if rank.number == reports.first_rank), failed)
     if (spoke.process.returncode or 0) > 0:
@@ -216,21 +220,6 @@ def _print(text: str) -> None:
     with contextlib.suppress(OSError, ValueError):
         sys.stderr.write(text)
         sys.stderr.flush()
-
-
-def _forwarder(ranks: list[Rank]):  # type: ignore[no-untyped-def]
-    seen: collections.Counter[int] = collections.Counter()
-
-    def forward(number: int, frame: FrameType | None) -> None:
-        seen[number] += 1
-        # Whoever asks a third time means it.
-        insists = number in (signal.SIGINT, signal.SIGTERM) and seen[number] >= 3
-        for rank in ranks:
-            if number == signal.SIGINT and rank.shares_group and not insists:
-                continue
-            rank.send(signal.SIGKILL if insists else number)
-
-    return forward
 
 
 def _wait(rank: Rank, ended: queue.Queue[Rank | None]) -> None:

@@ -239,5 +239,12 @@ class LauncherSection(Section):
     device: Literal["auto", "cpu", "cuda"] = key(
         "auto", "What to compute on; auto is cuda where a GPU is found.", ours=True
     )
+    exit_grace_in_mins: Float = key(
+        10.0,
+        "How long processes that were asked to stop may take to save and leave before the launcher ends them.",
+        unit="minutes",
+        gt=0,
+        ours=True,
+    )
     master_addr: str | None = key(None, "Address of rank 0. Unset: this host, or MASTER_ADDR.")
     master_port: Int | None = key(None, "Port of the rendezvous. Unset: a free one, or MASTER_PORT.", gt=0, lt=65536)

@@ -174,3 +174,38 @@ def test_mistakes(folder: Path, arguments: tuple[str, ...], code: int, message: 
     assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        (("train.py", "my", "--max-restarts", "-1"), {}, "-1 is not a whole number, 0 or more"),
+        (("train.py", "my", "--max-restarts", "2"), {}, "save is not set"),
+        (("generate.py", "my", "--max-restarts", "2"), {}, "generate.py writes no checkpoints"),
+        (("train.py", "my", "--max-restarts", "2"), {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0"}, "here srun starts"),
+    ],
+)
+def test_restarts_that_cannot_be(
+    folder: Path, arguments: tuple[str, ...], environment: dict[str, str], message: str
+) -> None:
+    result = deepy(folder, *arguments, **environment)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert message in result.stderr
+
+
+def test_a_run_of_one_process_is_started_again_too(folder: Path) -> None:
+    saves_and_dies = (
+        "import os, pathlib\n"
+        "step = len(list(pathlib.Path().glob('out/global_step*'))) + 1\n"
+        "os.makedirs(f'out/global_step{step}')\n"
+        "open(f'out/global_step{step}/manifest.json', 'w').close()\n"
+        "print('step', step, flush=True)\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    (folder / "train.py").write_text(saves_and_dies)
+    settings = ["--set", "save=out", "--set", "checkpoint_factor=1"]
+    result = deepy(folder, "train.py", "my", "--max-restarts", "1", *settings)
+    assert result.returncode == 137
+    assert result.stdout == "step 1\nstep 2\n"
+    assert "not restarted after exit code 137: --max-restarts 1 are used up" in result.stderr
+    assert list((folder / "tmp").iterdir()) == []

@@ -14,9 +14,12 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 LAUNCHER = """
-import sys
+import os, sys
+from megatron.launch import spawn
 from megatron.launch.commands import RankCommand
 from megatron.launch.spawn import run_ranks
+if "PATIENCE_S" in os.environ:
+    spawn.OWN_END_S = spawn.TERM_S = float(os.environ["PATIENCE_S"])
 script, world = sys.argv[1], int(sys.argv[2])
 sys.exit(run_ranks([RankCommand(r, [sys.executable, "-u", script], {"RANK": str(r)}) for r in range(world)]))
 """
@@ -181,16 +184,77 @@ def test_signals_reach_every_rank_once(job: Callable[..., Job], number: int) -> 
     assert sorted(err.splitlines()) == ["[rank 1] seen 1", "[rank 2] seen 1"]
 
 
-def test_asking_a_third_time_ends_ranks_that_do_not_listen(job: Callable[..., Job]) -> None:
-    body = "signal.signal(signal.SIGINT, signal.SIG_IGN)\nopen(__file__ + str(rank), 'w').close()\ntime.sleep(60)"
-    one = job(body, 2)
-    pids = one.pids()
-    while not all(Path(f"{one.folder}/rank.py{rank}").exists() for rank in range(2)):
+def ready(one: Job) -> None:
+    deadline = time.monotonic() + 20
+    while not all((one.folder / f"ready{rank}").exists() for rank in range(one.world)):
+        assert time.monotonic() < deadline, "the ranks did not get ready"
         time.sleep(0.02)
-    for _ in range(3):
+
+
+READY = "open(os.path.join(os.path.dirname(__file__), f'ready{rank}'), 'w').close()\n"
+
+
+def test_a_further_interrupt_ends_ranks_that_do_not_listen(job: Callable[..., Job]) -> None:
+    one = job("signal.signal(signal.SIGINT, signal.SIG_IGN)\n" + READY + "time.sleep(60)", 2)
+    pids = one.pids()
+    ready(one)
+    for _ in range(2):
         one.process.send_signal(signal.SIGINT)
         time.sleep(0.2)
-    assert one.end(10)[0] == 128 + signal.SIGKILL
+    assert one.end(10)[0] == 128 + signal.SIGINT
+    one.wait_until_gone(pids, 0.5)
+
+
+LEAVING = (
+    "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(%s), print('saved'), sys.exit(143)))\n"
+    + READY
+    + "time.sleep(60)"
+)
+
+
+def test_a_stop_leaves_slower_ranks_the_time_to_save(job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than a failure leaves them, however often SIGTERM comes."""
+    monkeypatch.setenv("PATIENCE_S", "0.1")
+    one = job(LEAVING % "1 + 2 * (rank == 1)", 2)
+    ready(one)
+    for _ in range(3):
+        one.process.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+    code, out, err = one.end()
+    assert (code, out.splitlines()[0]) == (143, "saved")
+    assert "[rank 1] saved\n" in err
+    assert "failed" not in err
+
+
+def test_a_stop_of_one_rank_stops_all(job: Callable[..., Job]) -> None:
+    one = job(LEAVING % "0", 3)
+    pids = one.pids()
+    ready(one)
+    os.kill(pids[2], signal.SIGTERM)
+    code, out, err = one.end()
+    assert (code, out) == (143, "saved\n")
+    assert sorted(err.splitlines()) == ["[rank 1] saved", "[rank 2] saved"]
+
+
+def test_a_failure_while_stopping_is_a_failure(job: Callable[..., Job]) -> None:
+    body = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143 if rank else 5))\n" + READY + "time.sleep(60)"
+    one = job(body, 2)
+    ready(one)
+    one.process.send_signal(signal.SIGTERM)
+    code, _, err = one.end()
+    assert code == 5
+    assert "rank 0 failed with exit code 5" in err
+
+
+def test_the_time_to_leave_is_limited(job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGATRON_EXIT_GRACE_MINS", "0.005")
+    one = job("signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + READY + "time.sleep(60)", 2)
+    pids = one.pids()
+    ready(one)
+    one.process.send_signal(signal.SIGTERM)
+    code, _, err = one.end(10)
+    assert code == 143
+    assert "SIGTERM was 0.005 minutes ago (exit_grace_in_mins)" in err
     one.wait_until_gone(pids, 0.5)
 
 
