@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megatron.common.stop import StopSignals
 from megatron.evaluation.setup import evaluate_from_config
 from megatron.launch.worker import worker_config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate as the configuration says. Raises: MegatronError for what the user can mend."""
-    return evaluate_from_config(worker_config(argv, "evaluate"))
+    with StopSignals() as signals:
+        return evaluate_from_config(worker_config(argv, "evaluate"), signals)

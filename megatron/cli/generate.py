@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megatron.common.stop import StopSignals
 from megatron.inference.setup import generate_from_config
 from megatron.launch.worker import worker_config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Generate as the configuration says. Raises: MegatronError for what the user can mend."""
-    return generate_from_config(worker_config(argv, "generate"))
+    with StopSignals() as signals:
+        return generate_from_config(worker_config(argv, "generate"), signals)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import signal
-import sys
 from collections.abc import Sequence
 
 from megatron.common.errors import DataError
@@ -87,11 +85,6 @@ def run_job(
     if reuse and is_up_to_date(job, description):
         print(f"{', '.join(job.output_prefixes())}: up to date, nothing to do")
         return
-    # A SystemExit unwinds the writers, which remove their temporary files; the default action would leave them.
-    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        preprocess(job, make)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    preprocess(job, make)
     record_job(job, description)
     print("\n".join(f"wrote {prefix}.bin and .idx" for prefix in job.output_prefixes()))

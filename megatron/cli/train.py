@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
         config = worker_config(argv)
         run = build_run(config, signals.asked)
         try:
-            run.score = training_scorer(config, run.engine)
+            run.score = training_scorer(config, run.engine, run.stop.asked_here)
             with signals.deferred(NOTICE):
                 code = train(run)
         finally:

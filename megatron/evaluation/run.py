@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +57,7 @@ def evaluate_tasks(
     bootstrap_iters: int = 10_000,
     info: Mapping[str, Any] | None = None,
     is_quiet: bool = False,
+    asked: Callable[[], int] = lambda: 0,
 ) -> dict[str, Any] | None:
     """lm-eval's results on rank 0, None on the others. Collective.
 
@@ -65,8 +66,10 @@ def evaluate_tasks(
     tasks: what `load_tasks` gave, or its names. batch_size: rows of one forward. max_length: longest row in tokens
     (unset: the model's positions); a model that learnt from shorter sequences does badly beyond them.
     limit: only the first documents of each task. bootstrap_iters: resamplings for the standard error of metrics that
-    have no formula. info: facts about the model for the results' "config".
-    Raises: what `load_tasks` raises, and DataError where a task asks for more positions than there are, on every rank.
+    have no formula. info: facts about the model for the results' "config". asked: the signal that asks this rank to
+    stop, or 0; polled between batches.
+    Raises: what `load_tasks` raises, DataError where a task asks for more positions than there are, and Stopped when a
+    rank was asked to stop, on every rank.
     """
     groups, device = model.groups, model.output_weight.device
     if groups.topology.pp_size > 1:
@@ -77,7 +80,7 @@ def evaluate_tasks(
         "score": lambda rows: score_batch(model, rows),
         "generate": lambda requests: generate_batch(model, tokenizer, requests),
     }
-    team = Team(groups, work, device)
+    team = Team(groups, work, device, asked)
 
     def drive() -> dict[str, Any]:
         from megatron.evaluation import harness

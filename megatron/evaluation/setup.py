@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron.checkpoint import local_folder
 from megatron.common.errors import ConfigError
+from megatron.common.stop import StopSignals
 from megatron.config import Config
 from megatron.convert.foreign import AnyReader
 from megatron.convert.open import require_weights
@@ -26,11 +27,13 @@ from megatron.model.from_config import model_spec
 from megatron.observe.setup import build_recorder
 from megatron.tokenizer.setup import build_tokenizer
 
+NOTICE = "stopping after this batch; there will be no results"
 
-def evaluate_from_config(config: Config) -> int:
+
+def evaluate_from_config(config: Config, signals: StopSignals) -> int:
     """Run `eval_tasks` on the checkpoint in `load`, print a table and write the results. Collective over all ranks.
 
-    Raises: ConfigError, DataError or CheckpointError; nothing is written then.
+    Raises: ConfigError, DataError, CheckpointError, or Stopped after a signal; nothing is written then.
     """
     names, step = config.evaluation.eval_tasks, config.checkpoint.iteration
     folder = config.checkpoint.load or config.checkpoint.save
@@ -73,7 +76,16 @@ def evaluate_from_config(config: Config) -> int:
             results = evaluate_labelled(model, labelled, batch_size=batch_size, max_length=max_length, info=info)
             results = results if ranks.groups.is_main else None
         else:
-            results = evaluate_tasks(model, tokenizer, tasks, batch_size=batch_size, max_length=max_length, info=info)
+            with signals.deferred(NOTICE):
+                results = evaluate_tasks(
+                    model,
+                    tokenizer,
+                    tasks,
+                    batch_size=batch_size,
+                    max_length=max_length,
+                    info=info,
+                    asked=signals.asked,
+                )
         if results is not None:
             _publish(config, results, reader.step)
     finally:
@@ -97,10 +109,13 @@ def _labelled_data(config: Config) -> dict[str, tuple[IndexedDataset, IndexedDat
     )
 
 
-def training_scorer(config: Config, engine: TrainEngine) -> Callable[[], dict[str, float]] | None:
+def training_scorer(
+    config: Config, engine: TrainEngine, asked: Callable[[], int] = lambda: 0
+) -> Callable[[], dict[str, float]] | None:
     """What scores the model under training on `eval_tasks` at each validation, or None without the key. Collective.
 
-    The scores are upstream's: `<task>_<metric>`; empty on all ranks but the first.
+    The scores are upstream's: `<task>_<metric>`; empty on all ranks but the first. asked: the reason for which this
+    rank is to stop, or 0; what scores then raises Stopped on all ranks.
     Raises: as `load_tasks`, so that a wrong task name ends the run before its first step.
     """
     names = config.evaluation.eval_tasks
@@ -118,6 +133,7 @@ def training_scorer(config: Config, engine: TrainEngine) -> Callable[[], dict[st
             batch_size=config.batch.train_micro_batch_size_per_gpu,
             max_length=config.model.seq_length,
             is_quiet=True,
+            asked=asked,
         )
         return {} if results is None else views.metrics(results)
 

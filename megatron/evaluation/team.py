@@ -3,7 +3,7 @@
 lm-eval runs on rank 0 alone, as if there were one process, so prompts and scores cannot depend on the number of ranks.
 Work is cut into chunks there; each data-parallel replica takes every dp_size-th chunk, whole, so that a chunk is
 computed with the same shapes at any number of ranks. Not here: what a chunk is.
-Invariant: a failure on any rank ends the work on all of them.
+Invariant: a failure on any rank, or a signal to it, ends the work on all of them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron.common.errors import MegatronError
+from megatron.common.errors import MegatronError, Stopped
 from megatron.common.heartbeat import beat
 from megatron.parallel.process_groups import ProcessGroups
 
@@ -37,10 +37,20 @@ class _End:
 
 
 class Team:
-    """The ranks of a run, all of which hold (a part of) the model; `work` is what is done with each kind of chunk."""
+    """The ranks of a run, all of which hold (a part of) the model; `work` is what is done with each kind of chunk.
 
-    def __init__(self, groups: ProcessGroups, work: Mapping[str, Work], device: torch.device) -> None:
+    asked: the signal that asks this rank to stop, or 0. It goes along with the results of each wave.
+    """
+
+    def __init__(
+        self,
+        groups: ProcessGroups,
+        work: Mapping[str, Work],
+        device: torch.device,
+        asked: Callable[[], int] = lambda: 0,
+    ) -> None:
         self.groups = groups
+        self._asked = asked
         self._work = work
         self._device = device
         self._is_alone = groups.topology.world_size == 1
@@ -48,7 +58,8 @@ class Team:
     def lead(self, task: Callable[[], Any]) -> Any:
         """Run `task` on rank 0, which may call `map`; the other ranks serve it until it ends and return None.
 
-        Collective. Raises: what `task` raises; the other ranks the same, or a MegatronError that tells of a defect.
+        Collective. Raises: what `task` raises; the other ranks the same, or a MegatronError that tells of a defect;
+        Stopped on all ranks when one was asked to stop.
         """
         if not self.groups.is_main:
             self._serve()
@@ -86,6 +97,8 @@ class Team:
 
     def _do(self, kind: str, chunk: list[Any]) -> Any:
         beat()
+        if number := self._asked():
+            raise Stopped(number)
         return self._work[kind](chunk)
 
     def _compute(self, wave: _Wave) -> list[Any]:
@@ -98,16 +111,18 @@ class Team:
             results = [self._do(wave.kind, chunk) for chunk in mine]
         except Exception as error:
             problem = f"rank {groups.global_rank}: {type(error).__name__}: {error}"
-        outcome = (problem, groups.dp_rank, results if groups.tp_rank == 0 else None)
+        outcome = (problem, self._asked(), groups.dp_rank, results if groups.tp_rank == 0 else None)
         gathered: list[Any] | None = [None] * groups.topology.world_size if groups.is_main else None
         dist.gather_object(outcome, gathered, dst=0)
         if gathered is None:
             return []
-        problems = [found for found, _, _ in gathered if found is not None]
+        problems = [found for found, _, _, _ in gathered if found is not None]
         if problems:
             raise MegatronError("the evaluation failed on " + "; on ".join(problems))
+        if number := max(asked for _, asked, _, _ in gathered):
+            raise Stopped(number)
         merged: list[Any] = [None] * len(wave.chunks)
-        for _, dp_rank, part in gathered:
+        for _, _, dp_rank, part in gathered:
             if part is not None:
                 merged[dp_rank :: groups.dp_size] = part
         return merged
@@ -122,6 +137,6 @@ def _portable(problem: BaseException | None) -> BaseException | None:
     # Only our own errors are sure to survive the journey, and only they are free of a traceback at their end.
     if problem is None:
         return None
-    if isinstance(problem, MegatronError):
+    if isinstance(problem, MegatronError | Stopped):
         return type(problem)(*problem.args)
     return MegatronError(f"rank 0 stopped the evaluation with {type(problem).__name__}: {problem}")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from megatron.common.errors import Stopped
 from megatron.inference.cache import StaticCache
 from megatron.inference.sampling import Sampling
 from megatron.model.build import Transformer
@@ -60,13 +61,16 @@ def decode(
     numbers: Sequence[int] | None = None,
     is_done: IsDone | None = None,
     on_token: Callable[[int, int], None] | None = None,
+    asked: Callable[[], int] = lambda: 0,
 ) -> list[Completion]:
     """Continue every prompt until the end of document, `is_done`, the budget or the model's last position.
 
     numbers: the prompts' numbers for their random streams (unset: 0, 1, ...). is_done(new ids) ends a completion
-    after that token. on_token(row, id) hears each new token as it comes.
-    Parallel: tensor-parallel ranks call it together with the same arguments and get the same tokens.
-    Raises: PromptTooLongError; ValueError for an empty prompt.
+    after that token. on_token(row, id) hears each new token as it comes. asked: the signal that asks to stop, or 0;
+    polled before each token.
+    Parallel: tensor-parallel ranks call it together with the same arguments and get the same tokens; `asked` must give
+    them the same answers.
+    Raises: PromptTooLongError; ValueError for an empty prompt; Stopped.
     """
     limit = model.spec.max_positions
     for row, prompt in enumerate(prompts):
@@ -83,6 +87,8 @@ def decode(
         forward = _Forward(model, sequences, settings)
         active = list(range(len(prompts)))
         while active:
+            if number := asked():
+                raise Stopped(number)
             logits = forward(active)
             chosen = settings.sampling.choose(logits, [generators[row] for row in active])
             for place, (row, token) in enumerate(zip(list(active), chosen, strict=True)):

@@ -49,13 +49,14 @@ def read_prompts(path: str | Path, prompt_end: str) -> list[str]:
 class Generator:
     """A model, its tokenizer and how to decode; turns prompts into records.
 
-    Parallel: tensor-parallel ranks hold one together and call it with the same prompts.
+    Parallel: tensor-parallel ranks hold one together and call it with the same prompts. asked: see `decode`.
     """
 
     model: Transformer
     tokenizer: Tokenizer
     settings: DecodeSettings
     batch_size: int = 8
+    asked: Callable[[], int] = lambda: 0
 
     def tokenize(self, prompts: Sequence[str]) -> list[list[int]]:
         """Ids of the prompts; an empty prompt begins a document.
@@ -84,7 +85,7 @@ class Generator:
         """(index into prompts, record) as they are finished. Prompts of like length share a batch.
 
         numbers: see `decode`. on_text(index, piece of text) hears what is generated as it comes.
-        Raises: DataError as `tokenize`, before anything is generated.
+        Raises: DataError as `tokenize`, before anything is generated; Stopped, in the middle of a batch.
         """
         ids = self.tokenize(prompts)
         numbers = numbers or range(len(prompts))
@@ -99,6 +100,7 @@ class Generator:
                 self.settings,
                 numbers=[numbers[index] for index in batch],
                 on_token=echo,
+                asked=self.asked,
             )
             duration = (time.perf_counter() - started) / len(batch)
             if echo is not None:

@@ -1,16 +1,21 @@
 """From a configuration to generated text: the one file here that sees the config.
 
-Invariant: nothing is loaded before the prompts are known to be there, and nothing is written before all are answered.
+Invariant: nothing is loaded before the prompts are known to be there, and the output file appears when all of them are
+answered; what a stopped run had answered is in a file of another name.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
-from megatron.common.errors import ConfigError, DataError
+from megatron.common.errors import ConfigError, DataError, Stopped
+from megatron.common.stop import StopSignals
 from megatron.config import Config
 from megatron.inference.decode import DecodeSettings
 from megatron.inference.samples import Generator, read_prompts, require_writable, write_records
@@ -19,11 +24,14 @@ from megatron.inference.session import Ranks, join_ranks, leave_ranks, load_trai
 from megatron.model.from_config import model_spec
 from megatron.tokenizer.setup import build_tokenizer
 
+NOTICE = "stopping after this token; samples that are complete are kept"
 
-def generate_from_config(config: Config) -> int:
+
+def generate_from_config(config: Config, signals: StopSignals) -> int:
     """Do what the generation keys say. Collective over all ranks of the job.
 
-    Raises: DataError, CheckpointError, ConfigError; no output is written then.
+    Raises: DataError, CheckpointError, ConfigError; no output is written then. Stopped after a signal: complete samples
+    are in `<sample_output_file>.partial`.
     """
     section = config.generation
     if config.model.task != "causal_lm":
@@ -61,7 +69,13 @@ def generate_from_config(config: Config) -> int:
         if kind == "interactive":
             _talk(generator, ranks, section.prompt_end)
             return 0
-        records = _run(generator, ranks, prompts)
+        generator = dataclasses.replace(generator, asked=_asked_together(signals.asked, ranks))
+        with signals.deferred(NOTICE):
+            records, number = _run(generator, ranks, prompts)
+            if number and ranks.groups.is_main:
+                _keep_part(records, len(prompts), f"{section.sample_output_file}.partial", ranks)
+        if number:
+            raise Stopped(number)
         if ranks.groups.is_main:
             write_records(section.sample_output_file, records)
             tokens = sum(record["length"] for record in records)
@@ -84,8 +98,33 @@ def _prompts(config: Config, kind: str) -> list[str]:
     return [""] * section.num_samples if kind == "unconditional" else []
 
 
-def _run(generator: Generator, ranks: Ranks, prompts: list[str]) -> list[dict[str, Any]]:
-    """All records in order on rank 0; data-parallel replicas take every dp_size-th prompt."""
+def _asked_together(asked: Callable[[], int], ranks: Ranks) -> Callable[[], int]:
+    """`asked` with one answer for the tensor-parallel ranks, which compute each token together."""
+    group = ranks.groups.tp
+    if group is None:
+        return asked
+
+    def together() -> int:
+        number = torch.tensor(asked(), device=ranks.device)
+        dist.all_reduce(number, op=dist.ReduceOp.MAX, group=group)
+        return int(number)
+
+    return together
+
+
+def _keep_part(records: list[dict[str, Any]], num_prompts: int, path: str, ranks: Ranks) -> None:
+    if not records:
+        ranks.say(f"\nnone of {num_prompts} samples is complete; nothing is written")
+        return
+    write_records(path, records)
+    ranks.say(f"\n{len(records)} of {num_prompts} samples are complete, and written: {path}")
+
+
+def _run(generator: Generator, ranks: Ranks, prompts: list[str]) -> tuple[list[dict[str, Any]], int]:
+    """(all records in order, on rank 0; the signal that stopped it, or 0, on every rank).
+
+    Data-parallel replicas take every dp_size-th prompt.
+    """
     groups = ranks.groups
     generator.tokenize(prompts)  # a prompt that is too long stops every rank, whoever it belongs to
     mine = list(range(groups.dp_rank, len(prompts), groups.dp_size))
@@ -97,15 +136,22 @@ def _run(generator: Generator, ranks: Ranks, prompts: list[str]) -> list[dict[st
             shown = record["message"] if record["text"] is None else record["text"]
             ranks.say(f"\n[{index + 1} of {len(prompts)}] {record['context']}{shown}")
 
-    for place, record in generator.records([prompts[index] for index in mine], mine):
-        keep(mine[place], record)
+    number = 0
+    try:
+        for place, record in generator.records([prompts[index] for index in mine], mine):
+            keep(mine[place], record)
+    except Stopped as stop:
+        number = stop.number
     if groups.topology.world_size > 1:
         parts: list[Any] | None = [None] * groups.topology.world_size if groups.is_main else None
         dist.gather_object(dict(found), parts, dst=0)
         for part in parts or []:
             for index in sorted(part):
                 keep(index, part[index])
-    return [found[index] for index in sorted(found)]
+        numbers: list[int] = [0] * groups.topology.world_size
+        dist.all_gather_object(numbers, number)
+        number = max(numbers)
+    return [found[index] for index in sorted(found)], number
 
 
 def _talk(generator: Generator, ranks: Ranks, prompt_end: str) -> None:
