@@ -6,7 +6,7 @@ Changes no value, and says nothing of layouts. Invariant: as in `rules`.
 from __future__ import annotations
 
 from megatron.config.draft import Draft
-from megatron.config.schema import FIELDS
+from megatron.config.schema import FIELDS, GATED_ACTIVATIONS
 
 
 def check_heads(draft: Draft) -> None:
@@ -185,6 +185,32 @@ def check_unused(draft: Draft) -> None:
             draft.warn(name, f"{name} has no effect with {owner}: {draft[owner]}; it only serves {kinds[0]}")
 
 
+def check_transformer_engine(draft: Draft) -> None:
+    """Upstream's Transformer Engine layers leave out what other keys ask for: there, its model is another one."""
+    epsilon = {"layernorm": "layernorm_epsilon", "rmsnorm": "rms_norm_epsilon"}.get(draft["norm"])
+    differs: dict[str, list[str]] = {"te_mha": [], "te_layernorm_mlp": []}
+    if not draft["use_bias_in_attn_linear"]:
+        differs["te_mha"].append("has biases (for the same: use_bias_in_attn_linear: true)")
+    if not draft["use_bias_in_mlp"]:
+        differs["te_layernorm_mlp"].append("has biases (for the same: use_bias_in_mlp: true)")
+    if draft["activation"] in GATED_ACTIVATIONS:
+        factor = draft["expansion_factor"]
+        width = draft["intermediate_size"] or int((4 if factor is None else factor) * draft["hidden_size"])
+        if draft["ffn_size"] != width:
+            differs["te_layernorm_mlp"].append(
+                f"is {width} wide and not {draft['ffn_size']} (for the same: intermediate_size: {width} with "
+                f"mlp_multiple_of: {width})"
+            )
+    if epsilon is not None and draft[epsilon] != 1e-5:
+        differs["te_layernorm_mlp"].append(f"adds 1e-05 in its norm and not {draft[epsilon]:g} ({epsilon}: 1e-5)")
+    for name, facts in differs.items():
+        if name in draft.idle and facts:
+            draft.warn(
+                name,
+                f"{name} = true: upstream's layer {', '.join(facts)}. This model follows the keys",
+            )
+
+
 ARCHITECTURE_RULES = (
     check_heads,
     check_task,
@@ -198,6 +224,7 @@ ARCHITECTURE_RULES = (
     check_norm,
     check_rpe,
     check_unused,
+    check_transformer_engine,
 )
 
 

@@ -7,15 +7,21 @@ says why.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
-from megatron.config.draft import Draft
+from megatron.config.draft import Draft, SkipRule, did_you_mean
 from megatron.config.layout import round_up
 from megatron.config.schema import GATED_ACTIVATIONS
 from megatron.config.schema.execution import Bf16Block, Fp16Block
 from megatron.config.schema.learning import decay_steps
 from megatron.config.update_rule import derive_optimizer
+from megatron.config.upstream_keys import NOT_YET_LAYERS
 from megatron.config.vocabulary import Vocabulary, vocabulary_of
+
+# Kinds of layers in attention_config; both are exact causal attention.
+KINDS = ("global", "flash")
 
 
 def derive_precision(draft: Draft) -> None:
@@ -108,6 +114,11 @@ def derive_model(draft: Draft) -> None:
     for name in missing:
         draft.problem(name, f"{name} is missing. It has no default; set it.")
         draft.failed.add(name)
+    if "norm" not in draft.failed and draft["norm"].startswith("te_"):
+        # Transformer Engine's kernels of the same functions.
+        plain = draft["norm"].removeprefix("te_")
+        draft.warn("norm", f"norm = {draft['norm']} is computed as {plain}, the same function on PyTorch's kernels")
+        draft.values["norm"] = plain
     draft.derive("num_kv_heads", draft["num_attention_heads"], "num_attention_heads")
     draft.derive("use_bias_in_qkv", draft["use_bias_in_attn_linear"], "use_bias_in_attn_linear")
     if not {"hidden_size", "num_attention_heads"} & draft.failed:
@@ -172,18 +183,33 @@ def derive_attention(draft: Draft) -> None:
         wanted = layers - len(kinds) if count == "all" else int(str(count)) * len(pattern or ())
         repeats = -(-wanted // len(pattern or ()))
         kinds += [str(name) for name in list(pattern or ()) * repeats][:wanted]
-    unknown = sorted({kind for kind in kinds if kind not in ("global", "flash")})
+    unknown = [kind for kind in dict.fromkeys(kinds) if kind not in KINDS]
+    reasons: dict[str, list[str]] = {}
+    for kind in unknown:
+        missing = f"it is no kind of layer.{did_you_mean(kind, KINDS) or ' Use global or flash.'}"
+        reasons.setdefault(f"{NOT_YET_LAYERS[kind]}." if kind in NOT_YET_LAYERS else missing, []).append(kind)
+    for reason, names in reasons.items():
+        draft.problem("attention_config", f"attention_config asks for {', '.join(names)}: {reason}")
     if unknown:
-        draft.fail(
-            "attention_config",
-            f"attention_config asks for {', '.join(unknown)}, which does not exist here yet. Use global or flash.",
-        )
+        raise SkipRule
     if len(kinds) != layers:
         draft.fail(
             "attention_config",
-            f'attention_config describes {len(kinds)} layers and num_layers = {layers}. Use [[["global"], "all"]].',
+            f"attention_config describes {len(kinds)} layers and num_layers = {layers}. "
+            f"{_for_all_layers(given, kinds)}",
         )
     draft.values["attention_config"] = kinds
+
+
+def _for_all_layers(given: list[Any], kinds: list[str]) -> str:
+    """The user's own pattern, for as many layers as there are."""
+    if len(set(kinds)) == 1:
+        pattern = kinds[:1]
+    elif len(given) == 1 and isinstance(given[0], list):
+        pattern = given[0][0]
+    else:
+        return 'Give one kind for each layer, or "all" as the count of the last entry.'
+    return f"Write {json.dumps([[pattern, 'all']])}."
 
 
 def derive_vocabulary(draft: Draft) -> None:

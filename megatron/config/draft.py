@@ -26,6 +26,7 @@ class Draft:
     failed: keys without a usable value.
     origins: key or dotted nested key -> "file:line", "command line", "derived from ...".
     files: names of the files, for problems that have no line.
+    idle: keys without effect here that ask for something.
     inference: whether this is for generation or evaluation, not for training.
     """
 
@@ -35,6 +36,7 @@ class Draft:
     files: list[str]
     inference: bool = False
     failed: set[str] = field(default_factory=set)
+    idle: set[str] = field(default_factory=set)
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 

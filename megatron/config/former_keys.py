@@ -33,6 +33,10 @@ GONE: dict[str, str] = {
     "moe_expert_parallel_size": _MOE,
     "enable_expert_tensor_parallelism": _MOE,
     "moe_token_dropping": "no token is dropped. Remove the key",
+    **dict.fromkeys(
+        ("moe_type", "moe_train_capacity_factor", "moe_eval_capacity_factor", "moe_min_capacity", "moe_use_residual"),
+        "experts have no capacity, and no token is dropped. Remove the key",
+    ),
     "moe_loss_coeff": _AUX_LOSS,
     "moe_aux_loss_coeff": _AUX_LOSS,
     "moe_z_loss_coeff": _AUX_LOSS,

@@ -125,6 +125,7 @@ def _sort_names(draft: Draft, values: dict[str, Any]) -> None:
             neutral, reason = NO_EFFECT[name]
             if not _is_neutral(value, neutral if isinstance(neutral, tuple) else (neutral,)):
                 idle.setdefault(reason, []).append(f"{name} ({draft.place(name)})")
+                draft.idle.add(name)
         elif name in REFUSED:
             del values[name]
             neutral_values, reason = REFUSED[name]
@@ -135,7 +136,7 @@ def _sort_names(draft: Draft, values: dict[str, Any]) -> None:
             neutral_values, feature = NOT_YET[name]
             if not _is_neutral(value, neutral_values):
                 advice = MEANWHILE.get(feature, "Remove the key.")
-                draft.problem(name, f"{name} = {show(value)}: {feature} is not supported yet. {advice}")
+                draft.problem(name, f"{name} = {show(value)} belongs to {feature}, not supported yet. {advice}")
         elif name in GONE:
             del values[name]
             draft.problem(name, f"{name} is no key of this version: {GONE[name]}.")

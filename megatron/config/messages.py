@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from megatron.config.draft import did_you_mean
 from megatron.config.schema.base import choices_of
-from megatron.config.value_hints import OTHER_OPTIMIZERS, value_hint
+from megatron.config.value_hints import OTHER_OPTIMIZERS, other_value_hint, value_hint
 
 _KINDS = {
     "int": "a whole number",
@@ -48,7 +48,8 @@ def plain_message(dotted: str, item: Mapping[str, Any], section: type[BaseModel]
         reason = OTHER_OPTIMIZERS.get(str(item.get("input")).lower()) if dotted == "optimizer.type" else None
         if reason is not None:
             return f"{given}: {reason}."
-        return f"{given} is not one of {', '.join(choices)}.{did_you_mean(str(item.get('input')), choices)}"
+        near = other_value_hint(dotted, item.get("input")) or did_you_mean(str(item.get("input")), choices)
+        return f"{given} is not one of {', '.join(choices)}.{near}"
     for prefix, word in _BOUNDS.items():
         if kind == prefix:
             bound = next(value for name, value in context.items() if name in ("gt", "ge", "lt", "le"))

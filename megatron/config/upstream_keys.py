@@ -3,7 +3,7 @@
 NO_EFFECT: performance switches and dead keys; accepted, with a warning where they ask for something.
 REFUSED: what this project does in another way or not at all; accepted only with upstream's neutral value.
 NOT_YET: features that do not exist here yet; likewise.
-NOT_YET_VALUES: keys of ours of which some values do not work yet.
+NOT_YET_VALUES, NOT_YET_LAYERS: values of keys of ours that do not work yet.
 SET_BY_PROGRAM: upstream's internal fields, which no file should set.
 Invariant: a key is here or in the schema, never in both and never in neither.
 """
@@ -29,8 +29,8 @@ NO_EFFECT: dict[str, tuple[Any, str]] = {
     "use_flashattn_swiglu": (False, _FUSED),
     "te_columnparallel": (False, _FUSED),
     "te_rowparallel": (False, _FUSED),
-    "te_layernorm_mlp": (False, f"{_TE}; use_bias_in_mlp decides on biases"),
-    "te_mha": (False, f"{_TE}; use_bias_in_attn_linear decides on biases"),
+    "te_layernorm_mlp": (False, f"{_TE}; use_bias_in_mlp and activation decide on its parameters"),
+    "te_mha": (False, f"{_TE}; use_bias_in_attn_linear decides on its parameters"),
     "te_fp8_format": ("hybrid", _TE_FP8),
     "te_fp8_wgrad": (True, _TE_FP8),
     "te_fp8_amax_history_len": (1, _TE_FP8),
@@ -171,7 +171,23 @@ NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
 
 NOT_YET_VALUES: dict[str, tuple[tuple[Any, ...], str]] = {
     # key of the schema: (values that work, what to do meanwhile)
-    "dataset_impl": (("gpt2",), "Use gpt2."),
+    "dataset_impl": (("gpt2",), "The other two serve post-training (DPO, reward models, REINFORCE). Use gpt2."),
+}
+
+_BLOCKS = (
+    "the block-sparse patterns of upstream do not exist here. Use global, which is exact; where it is too slow, "
+    "sliding_window_width, for all layers or for those in sliding_window_layers"
+)
+_RECURRENT = "the layers do not exist here yet. Use global or flash"
+_GATING = "spatial gating does not exist here (upstream's fails in its first step). Use global or flash"
+
+# Kinds of layers of attention_config, beside global and flash: why not, and what to do.
+NOT_YET_LAYERS: dict[str, str] = {
+    "local": "DeepSpeed's local attention does not exist here. Use global in its place, with sliding_window_width: the "
+    "tokens that a token sees before itself, and sliding_window_layers: the layers that it is for",
+    **dict.fromkeys(("sparse_fixed", "sparse_variable", "bigbird", "bslongformer"), _BLOCKS),
+    **dict.fromkeys(("gmlp", "amlp"), _GATING),
+    **dict.fromkeys(("mamba", "rwkv"), _RECURRENT),
 }
 
 SET_BY_PROGRAM: dict[str, str] = {

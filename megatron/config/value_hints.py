@@ -44,11 +44,28 @@ _OF_KEY = {
 }
 
 
+# Values of upstream that a key does not take here, and why.
+_OTHER_VALUES = {
+    ("text_gen_type", "precompute"): "Reference log-probabilities serve DPO, which is not supported yet: use another.",
+}
+_AUTO = (
+    "Runs are not tuned by trial: `./deepy.py --plan --gpus N --gpu-memory 80GB` ranks layouts, and prints the lines."
+)
+
+
+def other_value_hint(key: str, value: Any) -> str:
+    """` ...` about a value that is none of a key's choices but is one of upstream's, or nothing."""
+    hint = _OTHER_VALUES.get((key, str(value).lower()))
+    return f" {hint}" if hint else ""
+
+
 def value_hint(key: str, value: Any, kind: str) -> str:
     """` Write ...`, or nothing. kind: what is required, as `messages` calls it."""
     hint = _OF_KEY.get(key, "")
     if value == "None":
         hint = "Write null for nothing, or remove the key."
+    elif kind in ("int", "float") and (value == "auto" or isinstance(value, list)):
+        hint = _AUTO if value == "auto" or key == "zero_optimization.stage" else hint
     elif kind in ("int", "float") and isinstance(value, str):
         hint = _number(value.strip()) or hint
     elif kind == "list" and not hint and isinstance(value, str | int | float):

@@ -69,9 +69,7 @@ class LossModule(nn.Module):
         """The scaled loss of one micro-batch. Shapes: tokens, labels, loss_mask [B, T], denominator [] -> []."""
         model = self.model
         hidden = model(tokens)
-        term = loss_term(
-            model.spec, model.groups, hidden, model.output_weight, model.output_bias, labels, loss_mask
-        )
+        term = loss_term(model.spec, model.groups, hidden, model.output_weight, model.output_bias, labels, loss_mask)
         return term.sum / denominator
 
 

@@ -25,9 +25,7 @@ def label_loss(
     Parallel: everything is replicated over the tensor-parallel ranks, and so is the result.
     """
     mask = loss_mask.reshape(-1).float()
-    total = linear_cross_entropy(
-        hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), mask, bias=bias
-    )
+    total = linear_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), mask, bias=bias)
     return LossTerm(total, mask.sum())
 
 

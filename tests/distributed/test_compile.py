@@ -11,9 +11,7 @@ import pytest
 from tests.distributed.layout_cases import Case, train_case
 
 
-@pytest.mark.parametrize(
-    "layout", [{}, {"tp": 2, "sequence_parallel": True}, {"pp": 2}], ids=["one", "tp2-sp", "pp2"]
-)
+@pytest.mark.parametrize("layout", [{}, {"tp": 2, "sequence_parallel": True}, {"pp": 2}], ids=["one", "tp2-sp", "pp2"])
 def test_compiled_blocks_train_the_same_model(ranks: Callable[..., list[Any]], layout: dict[str, Any]) -> None:
     case = Case(**layout, steps=4)
     plain = ranks(train_case, case.world_size, case, timeout=120)[0]

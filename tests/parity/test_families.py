@@ -99,9 +99,7 @@ def test_divided_models(tmp_path: Path, ranks: Callable[..., list[Any]], name: s
     """Loss and every gradient at the layout are transformers', and its checkpoint is exported to the same bytes."""
     theirs = make(name, tmp_path / "hf")
     spec = import_folder(tmp_path / "hf", tmp_path / "native").spec
-    case = Case(
-        **layout, spec=spec_values(spec, layout.get("tp", 1)), global_batch=4, micro_batch=2, clipping=0.0
-    )
+    case = Case(**layout, spec=spec_values(spec, layout.get("tp", 1)), global_batch=4, micro_batch=2, clipping=0.0)
     found = ranks(step_in_place, case.world_size, case, tmp_path / "native/global_step0", tmp_path / "divided")
 
     def mean_loss(step: int) -> torch.Tensor:

@@ -96,8 +96,10 @@ class ModelSection(Section):
     max_position_embeddings: Int = key(
         None, "Longest sequence the model is made for; at least seq_length. Unset: seq_length.", unit="tokens", gt=0
     )
-    norm: Literal["layernorm", "rmsnorm", "scalenorm", "non_parametric_layernorm"] = key(
-        "layernorm", "Normalisation of every block and of the output. non_parametric_layernorm has no weights (OLMo)."
+    norm: Literal["layernorm", "rmsnorm", "scalenorm", "non_parametric_layernorm", "te_layernorm", "te_rmsnorm"] = key(
+        "layernorm",
+        "Normalisation of every block and of the output. non_parametric_layernorm has no weights (OLMo). te_layernorm "
+        "and te_rmsnorm are layernorm and rmsnorm, on PyTorch's kernels.",
     )
     layernorm_epsilon: Float = key(1e-5, "Added to the variance in layernorm.", gt=0)
     rms_norm_epsilon: Float = key(1e-8, "Added to the mean square in rmsnorm.", gt=0)

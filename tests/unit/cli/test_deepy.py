@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -59,15 +59,14 @@ def deepy(folder: Path, *arguments: str, **environment: str) -> subprocess.Compl
 
 
 def test_plan_of_20b_takes_less_than_one_and_a_half_seconds(folder: Path) -> None:
-    times = []
-    for _ in range(3):
-        started = time.monotonic()
-        result = deepy(folder, "--plan", "train.py", str(ROOT / "configs" / "20B.yml"))
-        times.append(time.monotonic() - started)
+    # Processor time: on a quiet machine the user waits as long, and on a busy one the test means the same.
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    result = deepy(folder, "--plan", "train.py", str(ROOT / "configs" / "20B.yml"))
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert result.returncode == 0, result.stderr
     assert "20,554,567,680 unique" in result.stdout
     assert "20,556,201,984 as DeepSpeed counts" in result.stdout
-    assert min(times) < 1.5
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.5
 
 
 def test_plan_for_a_number_of_gpus(folder: Path) -> None:

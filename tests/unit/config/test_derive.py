@@ -132,12 +132,46 @@ def test_attention_pattern(tiny: Tiny, given: object, expected: list[str]) -> No
     ("given", "message"),
     [
         ([[["flash"], 3]], "describes 3 layers and num_layers = 4"),
-        ([[["mamba"], "all"]], "asks for mamba"),
+        ([[["flash"], 3]], 'Write [[["flash"], "all"]].'),
+        ([[["flash", "global"], 3]], 'describes 6 layers and num_layers = 4. Write [[["flash", "global"], "all"]].'),
+        (["flash", "global"], "Give one kind for each layer"),
+        ([[["mamba"], "all"]], "asks for mamba: the layers do not exist here yet. Use global or flash."),
+        ([[["local", "global"], "all"]], "asks for local: DeepSpeed's local attention does not exist here. Use global"),
+        ([[["bigbird", "sparse_fixed"], "all"]], "asks for bigbird, sparse_fixed: the block-sparse patterns"),
+        ([[["gmlp"], "all"]], "asks for gmlp: spatial gating does not exist here"),
+        ([[["flsh"], "all"]], "asks for flsh: it is no kind of layer. Did you mean flash?"),
         ([["flash", 4]], "Each entry is a name"),
     ],
 )
 def test_attention_pattern_that_does_not_fit(refused: Refused, given: object, message: str) -> None:
     assert message in refused(attention_config=given)
+
+
+def test_norms_of_transformer_engine_are_the_plain_ones(tiny: Tiny) -> None:
+    config = tiny(norm="te_rmsnorm")
+    assert config.model.norm == "rmsnorm"
+    assert any("norm = te_rmsnorm is computed as rmsnorm" in warning for warning in config.warnings)
+    assert tiny(norm="te_layernorm").model.norm == "layernorm"
+
+
+def test_where_layers_of_transformer_engine_differ_upstream(tiny: Tiny) -> None:
+    """Facts of upstream: biases always, the norm's epsilon fixed, a gated width that is not scaled by two thirds."""
+
+    def said(**keys: object) -> str:
+        return "\n".join(warning for warning in tiny(**keys).warnings if "upstream's layer" in warning)
+
+    assert said(te_mha=True, te_layernorm_mlp=True) == ""
+    assert "has biases (for the same: use_bias_in_attn_linear: true)" in said(
+        te_mha=True, use_bias_in_attn_linear=False
+    )
+    gated = {"te_layernorm_mlp": True, "activation": "swiglu", "norm": "te_rmsnorm"}
+    text = said(**gated, use_bias_in_mlp=False)
+    assert "has biases (for the same: use_bias_in_mlp: true)" in text
+    assert "is 192 wide and not 64 (for the same: intermediate_size: 192 with mlp_multiple_of: 192)" in text
+    assert "adds 1e-05 in its norm and not 1e-08" in text
+    mended = said(**gated, intermediate_size=192, mlp_multiple_of=192, rms_norm_epsilon=1e-5)
+    assert mended == ""
+    assert said(activation="swiglu", use_bias_in_mlp=False) == ""
 
 
 def test_vocabulary_is_padded_for_all_tensor_ranks(tiny: Tiny, tmp_path: Path) -> None:

@@ -37,8 +37,10 @@ def test_all_problems_at_once_each_with_its_line(write: Write) -> None:
         4: "num_kv_heads = 4 does not divide num_attention_heads = 6. Use a divisor of 6 (3 or 6 are nearest), "
         "or remove the key for multi-head attention.",
         6: "unknown key hiden_dropout. Did you mean hidden_dropout?",
-        7: "moe_num_experts = 8: mixture of experts is not supported yet. Use a dense model: moe_num_experts: 1.",
-        8: 'norm = "batchnorm" is not one of layernorm, rmsnorm, scalenorm, non_parametric_layernorm.',
+        7: "moe_num_experts = 8 belongs to mixture of experts, not supported yet. Use a dense model: "
+        "moe_num_experts: 1.",
+        8: 'norm = "batchnorm" is not one of layernorm, rmsnorm, scalenorm, non_parametric_layernorm, '
+        "te_layernorm, te_rmsnorm.",
         9: "train_iters = [3] must be a whole number.",
     }
     for line, text in expected.items():
