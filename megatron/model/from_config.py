@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 from megatron.config import Config
 from megatron.config.schema import GATED_ACTIVATIONS, ModelSection, RopeScalingBlock
-from megatron.model.spec import LowRank, ModelSpec, Residual, RopeScaling
+from megatron.model.spec import LowRank, ModelSpec, Norm, Residual, RopeScaling
 
 # As transformers' heads of these tasks have it.
 _HEAD_BIAS = {"sequence_classification": False, "token_classification": True, "question_answering": True}
@@ -37,7 +38,8 @@ def model_spec(config: Config) -> ModelSpec:
     return ModelSpec(
         **sizes,
         head_dim=model.head_dim,
-        norm=model.norm,
+        # Loading has made plain norms of Transformer Engine's names.
+        norm=cast(Norm, model.norm),
         norm_eps=norm_epsilon(model),
         norm_offset=model.norm_zero_centered,
         activation=activation,
