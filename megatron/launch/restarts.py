@@ -7,6 +7,8 @@ again in the same way, is not started again.
 
 from __future__ import annotations
 
+import importlib
+import json
 import re
 import sys
 import time
@@ -29,21 +31,45 @@ DELAYS_S = (1.0, 10.0, 60.0)
 
 @dataclass(frozen=True)
 class Published:
-    """A checkpoint in the run's `save` folder. written_ns: when its manifest was."""
+    """A checkpoint in the run's `save` folder. folder: a path or an address. written_s: when its manifest was."""
 
-    folder: Path
+    folder: str
     step: int
-    written_ns: int
+    written_s: float
 
 
 def newest_checkpoint(save: str | Path) -> Published | None:
-    """The most recently published checkpoint in a folder, None where there is none."""
+    """The most recently published checkpoint in a folder or at an address of fsspec, None where there is none.
+
+    Raises: CheckpointError if the address cannot be looked at.
+    """
+    save = str(save).removeprefix("file://")
+    manifests = _remote_manifests(save) if "://" in save else _local_manifests(save)
     found = []
-    for manifest in Path(save).glob(f"global_step*/{MANIFEST}"):
-        match = _STEP_FOLDER.fullmatch(manifest.parent.name)
+    for manifest, written_s in manifests.items():
+        folder = manifest.rsplit("/", 1)[0]
+        match = _STEP_FOLDER.fullmatch(folder.rsplit("/", 1)[-1])
         if match is not None:
-            found.append(Published(manifest.parent, int(match[1]), manifest.stat().st_mtime_ns))
-    return max(found, key=lambda checkpoint: checkpoint.written_ns, default=None)
+            found.append(Published(folder, int(match[1]), written_s))
+    return max(found, key=lambda checkpoint: checkpoint.written_s, default=None)
+
+
+def _local_manifests(save: str) -> dict[str, float]:
+    return {str(path): path.stat().st_mtime for path in Path(save).glob(f"global_step*/{MANIFEST}")}
+
+
+def _remote_manifests(save: str) -> dict[str, float]:
+    scheme = save.split("://", 1)[0]
+    try:
+        fs, path = importlib.import_module("fsspec.core").url_to_fs(save, use_listings_cache=False)
+        found = fs.glob(f"{path.rstrip('/')}/global_step*/{MANIFEST}")
+        # Its own time: not every store tells when an object was written.
+        return {f"{scheme}://{name.lstrip('/')}": json.loads(fs.cat_file(name))["created_ns"] / 1e9 for name in found}
+    except Exception as error:  # libraries below have error families of their own
+        raise CheckpointError(
+            f"--max-restarts: {save} cannot be looked at for checkpoints: {error}. Mend that, or leave --max-restarts "
+            "out; docs/checkpoints.md tells what object storage needs."
+        ) from error
 
 
 def require_restartable(config: Config, script: str, *, is_inference: bool) -> None:

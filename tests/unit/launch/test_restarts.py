@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from megatron.checkpoint import save
-from megatron.common.errors import ConfigError
+from megatron.common.errors import CheckpointError, ConfigError
 from megatron.config import Config, load
 from megatron.launch.restarts import (
     DELAYS_S,
@@ -62,7 +63,29 @@ def test_what_the_launcher_takes_for_the_newest_checkpoint_is_one(tmp_path: Path
     (tmp_path / "global_step99").mkdir()  # not published
     found = newest_checkpoint(tmp_path)
     assert found is not None
-    assert (found.folder, found.step) == (tmp_path / "global_step5", 5)
+    assert (found.folder, found.step) == (str(tmp_path / "global_step5"), 5)
+    assert newest_checkpoint(f"file://{tmp_path}") == found
+
+
+def test_checkpoints_in_object_storage_are_gone_on_from() -> None:
+    """Taken for a run that has not saved, because no folder of this machine holds any, it would begin again at 0."""
+    address = f"memory://{uuid.uuid4().hex}/run"
+    config, lines = load([], {**TINY, "save": address, "checkpoint_factor": 1}), list[str]()
+    loads: list[str | None] = []
+
+    def attempt(current: Config) -> int:
+        loads.append(current.checkpoint.load)
+        if len(loads) == 1:
+            for step in (9, 7):
+                save(address, step, [], {}, rank_tensors={"x": torch.zeros(2)})
+        return 137 if len(loads) == 1 else 0
+
+    assert newest_checkpoint(address) is None
+    assert run_with_restarts(attempt, config, 3, wait=lambda _: None, say=lines.append) == 0
+    assert loads == [None, address]
+    assert lines == [f"restart 1 of 3 after exit code 137: from {address}/global_step7, in 1 s"]
+    with pytest.raises(CheckpointError, match="cannot be looked at for checkpoints"):
+        newest_checkpoint("nothing://bucket")
 
 
 def test_goes_on_from_the_newest_checkpoint_although_load_was_unset(attempts: Callable[..., Attempts]) -> None:
