@@ -25,9 +25,8 @@ def main():
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """A checkout with one command, whose requirement this Python does not have."""
-    for name in ("__init__.py", "common/__init__.py", "common/errors.py", "common/stop.py", "common/interpreter.py"):
-        (tmp_path / "megatron" / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / "megatron" / name, tmp_path / "megatron" / name)
+    shutil.copytree(ROOT / "megatron" / "common", tmp_path / "megatron" / "common")
+    shutil.copy(ROOT / "megatron" / "__init__.py", tmp_path / "megatron")
     shutil.copy(ROOT / "train.py", tmp_path)
     (tmp_path / "megatron" / "cli").mkdir()
     (tmp_path / "megatron" / "cli" / "__init__.py").touch()
