@@ -97,7 +97,8 @@ class Team:
 
     def _do(self, kind: str, chunk: list[Any]) -> Any:
         beat()
-        if number := self._asked():
+        # Tensor-parallel ranks compute a chunk together: if one left, the others would wait. They stop behind the wave.
+        if self.groups.tp_size == 1 and (number := self._asked()):
             raise Stopped(number)
         return self._work[kind](chunk)
 
@@ -109,6 +110,8 @@ class Team:
         problem, results = None, []
         try:
             results = [self._do(wave.kind, chunk) for chunk in mine]
+        except Stopped:
+            pass  # `asked` still tells it, and goes to rank 0 with the outcome
         except Exception as error:
             problem = f"rank {groups.global_rank}: {type(error).__name__}: {error}"
         outcome = (problem, self._asked(), groups.dp_rank, results if groups.tp_rank == 0 else None)

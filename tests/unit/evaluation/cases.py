@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron.common.errors import DataError
+from megatron.common.errors import DataError, Stopped
 from megatron.evaluation.run import evaluate_tasks, load_tasks
 from megatron.evaluation.team import Team
 from megatron.parallel.process_groups import ProcessGroups
@@ -54,6 +54,30 @@ def fail_before_work() -> str:
 
     team = _team({})
     return _message_of(lambda: team.lead(task))
+
+
+def stop_on(rank: int, number: int, tp_size: int) -> tuple[int, int]:
+    """Which signal each rank was stopped by, and how many chunks it did; `rank` is asked during its third.
+
+    As in a model, tensor-parallel ranks need each other for every chunk.
+    """
+    groups = ProcessGroups.build(Topology(1, dist.get_world_size() // tp_size, tp_size))
+    done: list[int] = []
+
+    def work(chunk: int) -> None:
+        if groups.tp is not None:
+            dist.barrier(groups.tp)
+        done.append(chunk)
+
+    def asked() -> int:
+        return number if dist.get_rank() == rank and len(done) >= 3 else 0
+
+    team = Team(groups, {"work": work}, torch.device("cpu"), asked)
+    try:
+        team.lead(lambda: team.map("work", list(range(1000))))
+    except Stopped as stop:
+        return stop.number, len(done)
+    return 0, len(done)
 
 
 def _team(work: dict[str, Any]) -> Team:

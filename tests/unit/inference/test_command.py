@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megatron.cli.generate import main
-from megatron.common.errors import CheckpointError, ConfigError, DataError, MegatronError
+from megatron.common.errors import CheckpointError, ConfigError, DataError, MegatronError, Stopped
 from megatron.model.build import Transformer
 from megatron.tokenizer.build import make_tokenizer
 from tests.pool import RankFailure
@@ -184,3 +185,63 @@ def test_a_failure_is_one_message_and_its_exit_code(run: Path) -> None:
     assert done.returncode == DataError.exit_code
     assert done.stderr.startswith("error: prompt file absent.txt does not exist")
     assert done.stderr.count("\n") == 1
+
+
+def stopped_main(arguments: list[str], rank: int, num_forwards: int) -> int:
+    """`generate.py`, of which one rank gets SIGTERM before a forward pass. Returns the exit code."""
+    forward, calls = Transformer.forward, 0
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == num_forwards and int(os.environ.get("RANK", "0")) == rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(*args, **kwargs)
+
+    Transformer.forward = watched  # type: ignore[method-assign]
+    try:
+        return main(arguments)
+    except Stopped as stop:
+        return stop.exit_code
+    finally:
+        Transformer.forward = forward  # type: ignore[method-assign]
+
+
+def write_prompts(run: Path) -> list[str]:
+    """Prompts of one length, more than a batch of eight."""
+    prompts = [f"prompt {letter}" for letter in "abcdefghijklm"]
+    (run / "many.txt").write_text("\n".join(prompts))
+    return prompts
+
+
+def test_a_stopped_run_keeps_complete_samples_under_another_name(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    prompts = write_prompts(run)
+    # Six tokens a prompt: the eighth forward pass is in the second batch.
+    assert stopped_main(["run.yml", "-i", "many.txt", "-o", "out.txt"], 0, 8) == 143
+    assert not (run / "out.txt").exists()
+    kept = records("out.txt.partial")
+    assert [record["context"] for record in kept] == prompts[:8]
+    output = capfd.readouterr()
+    assert "8 of 13 samples are complete, and written: out.txt.partial" in output.out
+    assert "SIGTERM: stopping after this token; samples that are complete are kept" in output.err
+    assert main(["run.yml", "-i", "many.txt", "-o", "out.txt"]) == 0
+    whole = [record["text"] for record in records("out.txt")]
+    assert [record["text"] for record in kept] == whole[:8]
+
+
+def test_a_run_stopped_before_its_first_sample_writes_nothing(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert stopped_main(["run.yml", "-i", "prompts.txt", "-o", "out.txt"], 0, 2) == 143
+    assert not list(run.glob("out.txt*"))
+    assert "none of 3 samples is complete" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_a_signal_to_one_rank_stops_generation_on_all(run: Path, ranks: Callable[..., list[Any]], tp_size: int) -> None:
+    prompts = write_prompts(run)
+    write_config(run, model_parallel_size=tp_size)
+    # The replica of rank 1 has six prompts, one batch; with tensor parallelism both ranks have all of them.
+    arguments = ["run.yml", "-i", "many.txt", "-o", "out.txt"]
+    assert ranks(stopped_main, 2, arguments, 1, 3 if tp_size == 1 else 8) == [143, 143]
+    kept = [record["context"] for record in records("out.txt.partial")]
+    assert kept == (prompts[::2] if tp_size == 1 else prompts[:8])
+    assert not (run / "out.txt").exists()
