@@ -17,6 +17,7 @@ from megatron.convert.foreign import AnyReader
 from megatron.convert.lora import merged
 from megatron.convert.open import open_weights
 from megatron.convert.peft_adapter import export_adapter
+from megatron.convert.width_scaling import folded
 from megatron.model.from_config import model_spec
 from megatron.tokenizer.base import Tokenizer
 from megatron.tokenizer.setup import build_tokenizer
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     model_type = _ARCHITECTURES.get(args.architecture, args.architecture)
     if args.adapter:
         return _export_adapter(reader, args, model_type)
-    reader = merged(reader)
+    reader = folded(merged(reader))
     is_imported = "hugging_face" in reader.state
     if config is None and not is_imported and (args.precision == "auto" or not args.no_save_tokenizer):
         raise ConfigError(

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron.cli import doctor
-from megatron.cli.plan import Purpose, add_plan_flags, check_plan_flags, print_plan
+from megatron.cli.plan import add_plan_flags, check_plan_flags, print_plan
 from megatron.common.errors import ConfigError
 from megatron.common.rank import starter_of
 from megatron.common.stop import STARTED_AT
@@ -30,7 +30,7 @@ from megatron.launch.spawn import run_ranks
 from megatron.launch.stopping import EXIT_GRACE
 from megatron.launch.submit import add_submit_flags, own_command, request_of, submit, submit_overrides
 
-INFERENCE_SCRIPTS: dict[str, Purpose] = {"generate": "generate", "evaluate": "evaluate", "eval": "evaluate"}
+INFERENCE_SCRIPTS = ("generate", "evaluate", "eval")
 VERIFY_RESUME = "verify-resume"
 
 
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     purpose = Path(options.user_script).stem
     inference = purpose in INFERENCE_SCRIPTS
     if options.plan:
-        return print_plan(options, overrides_of(options), INFERENCE_SCRIPTS.get(purpose))
+        return print_plan(options, overrides_of(options), inference=inference)
     overrides = {**submit_overrides(options), **overrides_of(options)}
     starter = starter_of(os.environ)
     if starter != "alone" and not (options.dry_run or options.submit):
@@ -91,9 +91,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"note: {warning}", file=sys.stderr)
     if options.dry_run and not options.submit:
         return _dry_run(config, options.user_script, options.write_config)
-    if purpose == "train":
+    trains = not inference and not config.width.ends_the_run
+    if purpose == "train" and trains:
         config.require_training()
-    require_inputs(config, data=not inference)
+    require_inputs(config, data=trains)
     if options.submit:
         request = request_of(options, config)
         print(submit(config, options.user_script, request, own_command(argv), dry_run=options.dry_run))

@@ -13,6 +13,7 @@ from megatron.convert.export import PRECISIONS, model_spec
 from megatron.convert.lora import merged
 from megatron.convert.neox_export import export_neox
 from megatron.convert.open import open_weights
+from megatron.convert.width_scaling import folded
 from megatron.model.from_config import model_spec as spec_of_config
 
 
@@ -20,15 +21,14 @@ def main(argv: list[str] | None = None) -> int:
     """Convert as the command line says. Raises: CheckpointError, ConfigError."""
     args = _parse(argv)
     config = load([args.config_file], planning=True) if args.config_file else None
-    reader = merged(
-        open_weights(
-            args.input_dir,
-            None if config is None else spec_of_config(config),
-            args.iteration,
-            kinds=["weight"],
-            grouped=None if config is None else config.checkpoint.upstream_gqa_layout,
-        )
+    reader = open_weights(
+        args.input_dir,
+        None if config is None else spec_of_config(config),
+        args.iteration,
+        kinds=["weight"],
+        grouped=None if config is None else config.checkpoint.upstream_gqa_layout,
     )
+    reader = folded(merged(reader))
     configs = reader.source_files()
     if args.config_file:
         configs[args.config_file.name] = args.config_file.read_text()

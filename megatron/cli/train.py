@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron.cli.width_scaling import run_in_place_of_training
 from megatron.common.stop import StopSignals
 from megatron.engine.distributed import stop_distributed
 from megatron.evaluation.setup import training_scorer
@@ -19,6 +20,8 @@ def main(argv: list[str] | None = None) -> int:
     """
     with StopSignals() as signals:
         config = worker_config(argv)
+        if run_in_place_of_training(config):
+            return 0
         run = build_run(config, signals.asked)
         try:
             run.score = training_scorer(config, run.engine, run.stop.asked_here)

@@ -19,6 +19,7 @@ from megatron.config.schema.learning import decay_steps
 from megatron.config.update_rule import derive_optimizer
 from megatron.config.upstream_keys import NOT_YET_LAYERS
 from megatron.config.vocabulary import Vocabulary, vocabulary_of
+from megatron.config.width_rules import derive_base_shapes
 
 # Kinds of layers in attention_config; both are exact causal attention.
 KINDS = ("global", "flash")
@@ -298,6 +299,7 @@ DERIVATIONS = (
     (derive_model, ("num_kv_heads", "max_position_embeddings")),
     (derive_ffn, ("ffn_size",)),
     (derive_attention, ()),
+    (derive_base_shapes, ("mup_base_shapes",)),
     (derive_vocabulary, ("vocab_size", "padded_vocab_size")),
     (derive_optimizer, ("optimizer_type", "lr", "betas", "eps", "momentum")),
     (derive_schedule, ("lr_decay_iters",)),

@@ -133,7 +133,8 @@ def _table(section: type[BaseModel]) -> Iterable[str]:
             meaning.append(f"For now only: {', '.join(f'`{_yaml(value)}`' for value in NOT_YET_VALUES[name][0])}.")
         if extra.get("ours"):
             meaning.append("Not in GPT-NeoX.")
-        default = "" if field.default is None else f"`{_yaml(field.default)}`".replace("|", r"\|")
+        is_open = field.is_required() or field.default is None
+        default = "" if is_open else f"`{_yaml(field.default)}`".replace("|", r"\|")
         yield f"| `{name}` | {_type_name(field)} | {default} | {' '.join(meaning).replace('|', chr(92) + '|')} |"
 
 

@@ -34,6 +34,7 @@ from megatron.config.schema import (
     TokenizerSection,
     TrainingSection,
     TuningSection,
+    WidthSection,
     ZeroSection,
 )
 from megatron.config.schema.learning import decay_steps
@@ -68,6 +69,7 @@ class Config:
     zero: ZeroSection
     training: TrainingSection
     tuning: TuningSection
+    width: WidthSection
     data: DataSection
     checkpoint: CheckpointSection
     observe: ObserveSection

@@ -13,6 +13,7 @@ from megatron.config.deepspeed_blocks import check_deepspeed_blocks
 from megatron.config.draft import Draft
 from megatron.config.schema import GATED_ACTIVATIONS
 from megatron.config.texts import check_texts
+from megatron.config.width_rules import WIDTH_RULES
 
 
 def check_tensor_parallel(draft: Draft) -> None:
@@ -367,6 +368,7 @@ RULES = (
     check_allreduce,
     check_compile,
     check_tuning,
+    *WIDTH_RULES,
     check_stages,
     check_tasks,
     check_learning_rate,

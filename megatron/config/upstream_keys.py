@@ -67,7 +67,6 @@ NO_EFFECT: dict[str, tuple[Any, str]] = {
     "min_scale": (1.0, _LOSS_SCALE),
     "mup_attn_temp": (1.0, _DEAD),
     "mup_output_temp": (1.0, _DEAD),
-    "mup_width_scale": (2, "it only serves upstream's muP set-up"),
     "no_save_optim": (False, _DEAD),
     "short_seq_prob": (0.1, _DEAD),
     "moe_lbl_in_fp32": (False, _DEAD),
@@ -134,7 +133,6 @@ _POST = "post-training (DPO, reward models, KTO, REINFORCE)"
 _MAMBA = "Mamba and RWKV layers"
 _MOE = "mixture of experts"
 _FP8 = "attention in 8-bit floating point"
-_MUP = "muP"
 
 NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
     # key: (neutral values, what the key belongs to)
@@ -148,9 +146,6 @@ NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
     **dict.fromkeys(("moe_num_experts", "moe_expert_interval", "moe_top_k"), ((1,), _MOE)),
     "moe_router_type": (("sinkhorn",), _MOE),
     "moe_jitter_eps": ((None,), _MOE),
-    **dict.fromkeys(("use_mup", "coord_check", "save_base_shapes"), ((False,), _MUP)),
-    "base_shapes_file": ((None,), _MUP),
-    **dict.fromkeys(("mup_init_scale", "mup_embedding_mult", "mup_rp_embedding_mult"), ((1.0,), _MUP)),
     **{
         f"{sign}{part}{label}_data_paths": ((None,), "pairwise data")
         for sign in ("pos_", "neg_")
@@ -216,7 +211,6 @@ MEANWHILE: dict[str, str] = {
     _MAMBA: "Use attention_config with global or flash.",
     _MOE: "Use a dense model: moe_num_experts: 1.",
     _FP8: "Remove the key: precision: bfloat16 computes the same function.",
-    _MUP: "Remove the mup keys, and set optimizer.params.lr and init_method_std for this width.",
 }
 
 EVERY_OTHER_KEY = frozenset((*NO_EFFECT, *REFUSED, *NOT_YET, *SET_BY_PROGRAM))

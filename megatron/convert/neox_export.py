@@ -34,6 +34,7 @@ _POSSIBLE: dict[str, tuple[Any, ...]] = {
     "rope_scaling": (None,),
     "window_layers": (None,),
     "embedding_scale": (1.0,),
+    "mup": (None,),
 }
 
 

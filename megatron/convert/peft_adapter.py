@@ -43,6 +43,11 @@ def export_adapter(
     spec = ModelSpec.from_dict(reader.state["model_spec"])
     if spec.lora is None:
         raise CheckpointError(f"{reader.folder} has no low-rank updates. Export the model without --adapter.")
+    if spec.mup is not None:
+        raise CheckpointError(
+            f"{reader.folder} was trained with use_mup: its multipliers go into the weights of an exported model, "
+            "which updates beside them do not see. Export the merged model without --adapter."
+        )
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CheckpointError(f"{output} exists and is not empty. Remove it, or choose another --output_dir.")
     family = family_for(_without_updates(spec), model_type)

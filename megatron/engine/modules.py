@@ -7,6 +7,7 @@ every layout.
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import nn
 
-from megatron.model.build import HEAD, WORD_EMBEDDING, NamedLayer, Transformer, is_block, layer_list
+from megatron.model.build import HEAD, WORD_EMBEDDING, NamedLayer, Transformer, is_block, layer_list, parameter_names
 from megatron.model.layers import TransformerBlock, whole_sequences
 from megatron.model.recompute import Recompute, grouped
 from megatron.model.spec import ModelSpec
@@ -25,8 +26,7 @@ from megatron.parallel.random_streams import RandomStream
 from megatron.parallel.topology import Topology
 
 _TIED_KEY = "word_embeddings"
-# The optimizer decays the one and not the other, by these names (megatron.optim.parameter_groups).
-_FILLERS = {"filler_with_decay": "stage_filler.weight", "filler_without_decay": "stage_filler.bias"}
+_FILLER = "stage_filler"
 
 
 def deepspeed_topology(topology: Topology) -> PipeModelDataParallelTopology:
@@ -123,8 +123,9 @@ class StagedModule(PipelineModule):
             self.forward_funcs[-1] = self._loss
         # DeepSpeed's gradient norm makes one collective per parameter group. A stage of the head alone, which has no
         # norm and no bias, would make one fewer than the others, and all would wait for ever: so each stage has a
-        # number in both.
-        for name in _FILLERS:
+        # number in each.
+        self.fillers = {f"{_FILLER}_{place}": name for place, name in enumerate(_filler_names(spec))}
+        for name in self.fillers:
             filler = torch.nn.Parameter(torch.zeros(1))
             filler.ds_pipe_replicated = False  # type: ignore[attr-defined]
             self.register_parameter(name, filler)
@@ -153,6 +154,15 @@ class StagedModule(PipelineModule):
         return f"{self.layer_names[int(owner)]}.{rest}"
 
 
+def _filler_names(spec: ModelSpec) -> list[str]:
+    """One name for every group that the optimizer may make: it groups by name (megatron.optim.parameter_groups)."""
+    if spec.mup is None:
+        return [f"{_FILLER}.weight", f"{_FILLER}.bias"]
+    # Learning rates differ by what a parameter is; all blocks have the same ones.
+    names = parameter_names(replace(spec, num_layers=1, window_layers=None))
+    return [f"{_FILLER}.{name}" for name in names]
+
+
 def _with_gradient(embedding: nn.Module, inputs: Any, hidden: torch.Tensor) -> torch.Tensor:
     """Stages hand gradients back whether or not anything before them learns: with all of it frozen, start one here."""
     return hidden.requires_grad_() if torch.is_grad_enabled() and not hidden.requires_grad else hidden
@@ -168,7 +178,7 @@ def public_names(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
         return [
             (module.public_name(name), parameter)
             for name, parameter in module.named_parameters()
-            if name not in _FILLERS
+            if name not in module.fillers
         ]
     assert isinstance(module, LossModule)
     return list(module.model.named_parameters())
@@ -178,7 +188,7 @@ def stage_fillers(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Numbers without meaning that keep the optimizer's groups alike on all stages; no checkpoint holds them."""
     if not isinstance(module, StagedModule):
         return []
-    return [(public, module.get_parameter(name)) for name, public in _FILLERS.items()]
+    return [(public, module.get_parameter(name)) for name, public in module.fillers.items()]
 
 
 def external_parameters(module: nn.Module) -> list[tuple[nn.Module, nn.Parameter]]:

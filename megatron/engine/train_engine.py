@@ -151,7 +151,7 @@ class TrainEngine:
         skipped anyway. Raises nothing on a non-finite loss.
         """
         for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("lr_factor", 1.0)
         self.guard.begin(judge)
         self._compute(batches)
         verdict = self.guard.verdict

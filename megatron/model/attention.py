@@ -118,7 +118,7 @@ class SelfAttention(nn.Module):
         self.rotary = rotary
         self.max_positions = spec.max_positions
         self.window = window
-        self.attention = Attention(dropout=spec.attention_dropout, window=window)
+        self.attention = Attention(dropout=spec.attention_dropout, scale=spec.attention_scale, window=window)
         self.dropout = Dropout(spec.attention_dropout, stream, is_divided=groups.tp_size > 1)
         self.is_fused = spec.num_kv_heads == spec.num_heads
         H, bias, attended = spec.hidden_size, bool(spec.qkv_bias), spec.num_heads * spec.head_dim
@@ -176,7 +176,7 @@ class SelfAttention(nn.Module):
 
     def choose(self, backend: str, device_type: str, dtype: torch.dtype) -> None:
         """Compute with this backend. Raises: ConfigError if it cannot train this layer there."""
-        dropout = self.attention.dropout
+        dropout, scale = self.attention.dropout, self.attention.scale
         request = Request(
             device_type, dtype, self.head_dim, 1, 1,
             window=self.window is not None, bias=self.rpe is not None, alibi=self.slopes is not None,
@@ -184,7 +184,7 @@ class SelfAttention(nn.Module):
         )  # fmt: skip
         if backend != "auto":
             select(request, backend)
-        self.attention = Attention(dropout=dropout, window=self.window, backend=backend)
+        self.attention = Attention(dropout=dropout, scale=scale, window=self.window, backend=backend)
 
     def _bias(
         self, T: int, S: int, positions: torch.Tensor | None, is_cached: bool, x: torch.Tensor

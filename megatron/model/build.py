@@ -71,7 +71,7 @@ def layer_list(
         NamedLayer(f"layers.{index}", TransformerBlock, (spec, groups, rotary, stream), {**inside, "layer": index})
         for index in range(spec.num_layers)
     ]
-    layers.append(NamedLayer("final_norm", Norm, (spec, groups)))
+    layers.append(NamedLayer("final_norm", Norm, (spec, groups), {"scale": spec.output_scale}))
     if not spec.tied_head:
         layers.append(NamedLayer(HEAD, Head, (spec, groups)))
     return layers

@@ -7,7 +7,7 @@ from typing import cast
 
 from megatron.config import Config
 from megatron.config.schema import GATED_ACTIVATIONS, ModelSection, RopeScalingBlock
-from megatron.model.spec import LowRank, ModelSpec, Norm, Residual, RopeScaling
+from megatron.model.spec import LowRank, ModelSpec, Norm, Residual, RopeScaling, WidthScaling
 
 # As transformers' heads of these tasks have it.
 _HEAD_BIAS = {"sequence_classification": False, "token_classification": True, "question_answering": True}
@@ -63,6 +63,8 @@ def model_spec(config: Config) -> ModelSpec:
         window=model.sliding_window_width,
         window_layers=None if model.sliding_window_layers is None else tuple(sorted(model.sliding_window_layers)),
         lora=low_rank(config),
+        mup=width_scaling(config),
+        init_scale=config.width.mup_init_scale,
         embedding_scale=math.sqrt(model.hidden_size) if model.scale_embeddings else 1.0,
         attention_dropout=model.attention_dropout,
         hidden_dropout=model.hidden_dropout,
@@ -89,6 +91,22 @@ def low_rank(config: Config) -> LowRank | None:
     }
     targets = set().union(*(meaning.get(target, {target}) for target in tuning.lora_targets))
     return LowRank(tuning.lora_rank, tuning.lora_alpha, tuple(sorted(targets)), tuning.lora_dropout)
+
+
+def width_scaling(config: Config) -> WidthScaling | None:
+    """The base model's widths, and the multipliers of the embeddings."""
+    width, base = config.width, config.width.mup_base_shapes
+    if not width.use_mup or base is None:
+        return None
+    return WidthScaling(
+        hidden_size=base.hidden_size,
+        ffn_size=base.ffn_size,
+        num_heads=base.num_attention_heads,
+        num_kv_heads=base.num_kv_heads,
+        head_dim=base.head_dim,
+        embedding_mult=width.mup_embedding_mult,
+        position_mult=width.mup_rp_embedding_mult,
+    )
 
 
 def norm_epsilon(model: ModelSection) -> float:

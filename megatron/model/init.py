@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from megatron.model.spec import ModelSpec
+from megatron.model.width_scaling import init_factor
 from megatron.parallel.init import fill_from
 from megatron.parallel.process_groups import ProcessGroups
 
@@ -31,12 +32,21 @@ def _uniform_by_width(tensor: torch.Tensor, generator: torch.Generator) -> None:
     nn.init.uniform_(tensor, -bound, bound, generator=generator)
 
 
+def _scaled(draw: Draw, factor: float) -> Draw:
+    def scaled(tensor: torch.Tensor, generator: torch.Generator) -> None:
+        draw(tensor, generator)
+        tensor.mul_(factor)
+
+    return draw if factor == 1.0 else scaled
+
+
 def draw_method(name: str, spec: ModelSpec) -> Draw:
     """The function that fills a logical tensor in place for the key `init_method` or `output_layer_init_method`.
 
     Raises ValueError for a name that is not among upstream's.
     """
-    layers, hidden = spec.num_layers, spec.hidden_size
+    # With width scaling the base model's deviation is what the factors of single parameters start from.
+    layers, hidden = spec.num_layers, spec.mup.hidden_size if spec.mup else spec.hidden_size
     scaled_std = spec.init_std / math.sqrt(2.0 * layers)
     methods: dict[str, Draw] = {
         "normal": _normal(spec.init_std),
@@ -79,5 +89,5 @@ def initialize_parameters(
         elif parameter.dim() == 1:
             parameter.fill_(0.0 if spec.norm_offset else 1.0)
         else:
-            draw = outer if is_residual_output(name) else inner
+            draw = _scaled(outer if is_residual_output(name) else inner, init_factor(name, spec))
             fill_from(parameter, name, draw, seed=seed, tp_rank=groups.tp_rank, tp_size=groups.tp_size)

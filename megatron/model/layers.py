@@ -40,7 +40,7 @@ class WordEmbedding(VocabParallelEmbedding):
         # With added positions the dropout comes after the sum, in their layer.
         probability = 0.0 if spec.has_position_layer else spec.hidden_dropout
         self.dropout = Dropout(probability, stream, is_divided=groups.sequence_parallel)
-        self.scale = spec.embedding_scale
+        self.scale = spec.input_scale
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         vectors = super().forward(tokens)
@@ -56,6 +56,7 @@ class PositionEmbedding(nn.Module):
         self.hidden_size = spec.hidden_size
         self.dropout = Dropout(spec.hidden_dropout, stream, is_divided=groups.sequence_parallel)
         self.offset = spec.position_offset
+        self.scale = spec.position_scale
         rows = spec.max_positions + self.offset
         self.weight = sharded_parameter((rows, spec.hidden_size), None, 1) if spec.position == "learned" else None
 
@@ -69,6 +70,8 @@ class PositionEmbedding(nn.Module):
             vectors = self.weight[self.offset : self.offset + tokens].unsqueeze(0)
         else:
             vectors = F.embedding(positions + self.offset, self.weight)
+        if self.scale != 1.0:
+            vectors = vectors * self.scale
         return self.dropout(x + split_sequence(vectors, self.groups), self.training)
 
 

@@ -19,13 +19,20 @@ class Norm(nn.Module):
     """The spec's norm over the last dimension.
 
     size: that dimension (None: H). inside: it stands within a tensor-parallel region, on this rank's heads.
+    scale: what the result is multiplied with.
     """
 
     def __init__(
-        self, spec: ModelSpec, groups: ProcessGroups, *, size: int | None = None, inside: bool = False
+        self,
+        spec: ModelSpec,
+        groups: ProcessGroups,
+        *,
+        size: int | None = None,
+        inside: bool = False,
+        scale: float = 1.0,
     ) -> None:
         super().__init__()
-        self.kind, self.eps, self.groups = spec.norm, spec.norm_eps, groups
+        self.kind, self.eps, self.groups, self.scale = spec.norm, spec.norm_eps, groups, scale
         self.offset = 1.0 if spec.norm_offset else 0.0
         self.share = summed_gradient if inside else shared_parameter
         size = size or spec.hidden_size
@@ -37,6 +44,10 @@ class Norm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Shapes: [..., size] -> [..., size]."""
+        normed = self._normed(x)
+        return normed if self.scale == 1.0 else normed * self.scale
+
+    def _normed(self, x: torch.Tensor) -> torch.Tensor:
         weight = None if self.weight is None else self.share(self.weight, self.groups)
         if weight is not None and self.offset:
             weight = weight + self.offset

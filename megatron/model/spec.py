@@ -54,6 +54,25 @@ class LowRank:
 
 
 @dataclass(frozen=True)
+class WidthScaling:
+    """Maximal update parametrization, so that learning rates found at the base widths fit these (muP).
+
+    Source: Yang et al. 2022, arXiv 2203.03466, table 8: what grows with the width is a multiplier here; what it does
+    to initial values and learning rates is `megatron.model.width_scaling`.
+    hidden_size, ffn_size, num_heads, num_kv_heads, head_dim: of the base model. embedding_mult, position_mult: word
+    and position embeddings are multiplied with them.
+    """
+
+    hidden_size: int
+    ffn_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    embedding_mult: float = 1.0
+    position_mult: float = 1.0
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """A decoder-only transformer.
 
@@ -83,6 +102,7 @@ class ModelSpec:
         for the last token of a sequence, for every token, or for the start and the end of an answer.
     lora: low-rank updates beside the weights, or None.
     embedding_scale: what the word embeddings are multiplied with (scale_embeddings: sqrt(H); Gemma).
+    mup: multipliers of the widths over those of a base model, or None. init_scale: all matrices start that much larger.
     """
 
     num_layers: int
@@ -125,6 +145,8 @@ class ModelSpec:
     lora: LowRank | None = None
     task: Task = "causal_lm"
     num_labels: int = 0
+    mup: WidthScaling | None = None
+    init_scale: float = 1.0
 
     def __post_init__(self) -> None:
         # Frozen: what stands for something else is replaced once, here, so that equal models have equal specs.
@@ -144,6 +166,26 @@ class ModelSpec:
     def has_position_layer(self) -> bool:
         """Whether positions are added to the word embeddings, by a layer of their own."""
         return self.position in ("learned", "sinusoidal")
+
+    @property
+    def input_scale(self) -> float:
+        """What the word embeddings are multiplied with."""
+        return self.embedding_scale * (self.mup.embedding_mult if self.mup else 1.0)
+
+    @property
+    def position_scale(self) -> float:
+        """What added positions are multiplied with."""
+        return self.mup.position_mult if self.mup else 1.0
+
+    @property
+    def attention_scale(self) -> float | None:
+        """What scores are multiplied with; None: 1 / sqrt(D)."""
+        return 1.0 / self.head_dim if self.mup else None
+
+    @property
+    def output_scale(self) -> float:
+        """What the normed hidden states are multiplied with before the head."""
+        return self.mup.hidden_size / self.hidden_size if self.mup else 1.0
 
     def layer_window(self, layer: int) -> int | None:
         """How many tokens before itself a token of this layer sees; None: all."""
@@ -173,6 +215,8 @@ class ModelSpec:
         if isinstance(values.get("lora"), dict):
             lora = values["lora"]
             values["lora"] = LowRank(**{**lora, "targets": tuple(lora["targets"])})
+        if isinstance(values.get("mup"), dict):
+            values["mup"] = WidthScaling(**values["mup"])
         if values.get("window_layers") is not None:
             values["window_layers"] = tuple(values["window_layers"])
         return cls(**values)

@@ -6,9 +6,9 @@ Invariant: it draws what the log holds; smoothing is drawn over the raw values, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from megatron.common.errors import ConfigError, DataError
 from megatron.common.files import atomic_write
@@ -30,16 +30,10 @@ def plot_losses(
 
     Raises: DataError if the log is missing, damaged or holds no loss; ConfigError if matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError("plotting needs matplotlib: pip install -r requirements/requirements-plot.txt") from None
+    figure = _figure((8, 5))
     train, valid = read_curve(log, TRAIN_LOSS, x_axis), read_curve(log, VALIDATION_LOSS, x_axis)
     if not train and not valid:
         raise DataError(f"{log}: neither {TRAIN_LOSS} nor {VALIDATION_LOSS} is in it, so there is nothing to draw")
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     if train:
         at, losses = zip(*train, strict=True)
@@ -65,6 +59,38 @@ def plot_losses(
     axes.legend(frameon=False)
     with atomic_write(picture, "wb") as stream:
         figure.savefig(stream, format="png")
+
+
+def plot_movements(picture: Path, sides: Mapping[str, tuple[Sequence[int], Mapping[str, Sequence[float]]]]) -> None:
+    """Draw a coordinate check into a PNG: a panel for each side, a line for each layer over the width.
+
+    sides: title -> (hidden sizes, layer -> change at each of them). Raises: ConfigError without matplotlib.
+    """
+    figure = _figure((6 * len(sides), 5))
+    for place, (title, (widths, changes)) in enumerate(sides.items(), 1):
+        axes = figure.add_subplot(1, len(sides), place)
+        for layer, values in changes.items():
+            axes.plot(widths, values, marker="o", markersize=3, linewidth=1, label=layer)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xlabel("hidden_size")
+        axes.set_ylabel("mean |change| of activations")
+        axes.set_title(title)
+        axes.grid(visible=True, alpha=0.25)
+        axes.legend(frameon=False, fontsize=6)
+    with atomic_write(picture, "wb") as stream:
+        figure.savefig(stream, format="png")
+
+
+def _figure(size: tuple[float, float]) -> Any:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError("plotting needs matplotlib: pip install -r requirements/requirements-plot.txt") from None
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def read_curve(log: Path, metric: str, x_axis: Literal["steps", "tokens"] = "steps") -> list[tuple[float, float]]:

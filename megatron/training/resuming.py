@@ -29,7 +29,15 @@ Report = Callable[[str], None]
 
 # Fields that change what is regularised or how weights start, but not which function the weights mean.
 _FREE_FIELDS = frozenset(
-    {"padded_vocab_size", "attention_dropout", "hidden_dropout", "init_method", "output_init_method", "init_std"}
+    {
+        "padded_vocab_size",
+        "attention_dropout",
+        "hidden_dropout",
+        "init_method",
+        "output_init_method",
+        "init_std",
+        "init_scale",
+    }
 )
 # What a head for labels changes of the language model that it is put on.
 _HEAD_FIELDS = ("task", "num_labels", "tied_head", "head_bias")

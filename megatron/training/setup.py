@@ -33,6 +33,7 @@ from megatron.model.from_config import model_spec
 from megatron.model.lora import is_trained
 from megatron.model.recompute import Recompute
 from megatron.model.spec import ModelSpec
+from megatron.model.width_scaling import lr_factor, update_rule
 from megatron.observe.setup import build_recorder
 from megatron.observe.throughput import Throughput, peak_flops
 from megatron.optim.build import build_optimizer
@@ -182,7 +183,7 @@ def settings(config: Config) -> dict[str, Any]:
     """The keys that shape the numbers of a run, by name: not where it runs, saves and logs, and not its schedule."""
     shaping = (
         config.parallel, config.batch, config.model, config.tokenizer, config.precision, config.optimizer,
-        config.zero, config.training, config.data,
+        config.width, config.zero, config.training, config.data,
     )  # fmt: skip
     values = {name: value for section in shaping for name, value in section.model_dump(mode="json").items()}
     # Said with the schedule; the block holds what other keys hold as well.
@@ -214,12 +215,13 @@ def run_plan(config: Config) -> RunPlan:
 def build_engine(config: Config, groups: ProcessGroups, device: torch.device) -> TrainEngine:
     """Model, optimizer and DeepSpeed, with initial weights of the config's seed."""
     chosen, spec = config.optimizer, model_spec(config)
+    rule = update_rule(chosen.type)
     return TrainEngine(
         spec,
         groups,
         engine_options(config),
         lambda named: build_optimizer(
-            parameter_groups(named, weight_decay=chosen.weight_decay),
+            parameter_groups(named, chosen.weight_decay, lambda name: lr_factor(name, spec, rule)),
             chosen.type,
             lr=chosen.lr,
             betas=chosen.betas,

@@ -19,6 +19,7 @@ from megatron.engine.train_engine import TrainEngine
 from megatron.model.lora import is_trained
 from megatron.model.recompute import Recompute
 from megatron.model.spec import ModelSpec
+from megatron.model.width_scaling import lr_factor
 from megatron.optim.build import build_optimizer
 from megatron.optim.parameter_groups import parameter_groups
 from megatron.parallel.process_groups import ProcessGroups
@@ -97,6 +98,10 @@ class Case:
         """Whether a parameter learns."""
         return is_trained(name, tiny_spec(**self.spec), (), self.frozen)
 
+    def lr_factor(self, name: str) -> float:
+        """Of a parameter, for Adam."""
+        return lr_factor(name, tiny_spec(**self.spec), "adam")
+
     @property
     def accumulation(self) -> int:
         """Micro-batches of a step on one rank."""
@@ -157,7 +162,7 @@ def make_engine(case: Case) -> TrainEngine:
         groups,
         options,
         lambda named: build_optimizer(
-            parameter_groups(named, weight_decay=WEIGHT_DECAY), "adam", lr=LEARNING_RATE, betas=BETAS, eps=case.eps
+            parameter_groups(named, WEIGHT_DECAY, case.lr_factor), "adam", lr=LEARNING_RATE, betas=BETAS, eps=case.eps
         ),
         seed=case.seed,
         device=device,

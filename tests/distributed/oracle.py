@@ -35,12 +35,16 @@ def oracle_run(case: Case) -> dict[str, Any]:
     named = list(model.named_parameters())
     trained = [(name, p) for name, p in named if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        parameter_groups(trained, WEIGHT_DECAY), lr=LEARNING_RATE, betas=BETAS, eps=case.eps, foreach=False
+        parameter_groups(trained, WEIGHT_DECAY, case.lr_factor),
+        lr=LEARNING_RATE,
+        betas=BETAS,
+        eps=case.eps,
+        foreach=False,
     )
     losses, norms = [], []
     for step in range(case.steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step)
+            group["lr"] = learning_rate(step) * group["lr_factor"]
         loss = mean_loss(model, case, step)
         loss.backward()
         limit = case.clipping or float("inf")

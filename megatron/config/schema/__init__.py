@@ -18,6 +18,7 @@ from megatron.config.schema.inputs import DataSection, TokenizerSection
 from megatron.config.schema.learning import OptimizerSection, ScheduleSection, TrainingSection
 from megatron.config.schema.outputs import CheckpointSection, EvaluationSection, GenerationSection, ObserveSection
 from megatron.config.schema.tuning import TuningSection
+from megatron.config.schema.width import BaseShapes, WidthSection
 
 SECTIONS: dict[str, type[Section]] = {
     "parallel": ParallelSection,
@@ -30,6 +31,7 @@ SECTIONS: dict[str, type[Section]] = {
     "zero": ZeroSection,
     "training": TrainingSection,
     "tuning": TuningSection,
+    "width": WidthSection,
     "data": DataSection,
     "checkpoint": CheckpointSection,
     "observe": ObserveSection,
@@ -56,6 +58,7 @@ __all__ = [
     "GATED_ACTIVATIONS",
     "SECTIONS",
     "SECTION_OF",
+    "BaseShapes",
     "BatchSection",
     "Block",
     "CheckpointSection",
@@ -75,6 +78,7 @@ __all__ = [
     "TokenizerSection",
     "TrainingSection",
     "TuningSection",
+    "WidthSection",
     "ZeroSection",
     "field_extra",
 ]

@@ -1,0 +1,81 @@
+"""Maximal update parametrization: how initial values and learning rates of each parameter follow from the widths.
+
+Source: Yang et al. 2022, Tensor Programs V, arXiv 2203.03466, table 8 (the form that allows tied embeddings), with
+every width as a ratio to the base model's, where all factors are 1. The multipliers of the function itself are
+ModelSpec's (`attention_scale`, `output_scale`). Invariant: decided by name and spec alone, the same at every layout.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from megatron.model.spec import ModelSpec, WidthScaling
+
+UpdateRule = Literal["adam", "sgd"]
+
+
+def update_rule(optimizer: str) -> UpdateRule:
+    """The table's column for an optimizer's name."""
+    return "sgd" if optimizer.lower() == "sgd" else "adam"
+
+
+def init_factor(name: str, spec: ModelSpec) -> float:
+    """What the base model's standard deviation of a matrix is multiplied with: hidden ones with 1 / sqrt(fan-in).
+
+    The spec's `init_scale` is part of it.
+    """
+    widths = _hidden_widths(name, spec)
+    return spec.init_scale * (widths[0] ** -0.5 if widths else 1.0)
+
+
+def lr_factor(name: str, spec: ModelSpec, rule: UpdateRule) -> float:
+    """What the learning rate of a parameter is multiplied with.
+
+    adam: hidden matrices 1 / fan-in, all else 1. sgd: hidden matrices fan-out / fan-in; embeddings, norms and biases
+    fan-out; the head fan-in. Low-rank updates keep 1: their rank is no width.
+    """
+    module, _, own = name.rpartition(".")
+    if spec.mup is None or own in ("a", "b"):
+        return 1.0
+    widths = _hidden_widths(name, spec)
+    if rule == "adam":
+        return 1.0 / widths[0] if widths else 1.0
+    if widths:
+        return widths[1] / widths[0]
+    return _vector_width(module.rpartition(".")[2], own, spec, spec.mup)
+
+
+def _hidden_widths(name: str, spec: ModelSpec) -> tuple[float, float] | None:
+    """(fan-in, fan-out) of a matrix between two layers' features, as ratios to the base model's; None: no such one."""
+    module, _, own = name.rpartition(".")
+    if spec.mup is None or own != "weight":
+        return None
+    return _matrices(spec, spec.mup).get(module.rpartition(".")[2])
+
+
+def _matrices(spec: ModelSpec, base: WidthScaling) -> dict[str, tuple[float, float]]:
+    hidden, ffn = spec.hidden_size / base.hidden_size, spec.ffn_size / base.ffn_size
+    heads = spec.num_heads * spec.head_dim / (base.num_heads * base.head_dim)
+    kv_heads = spec.num_kv_heads * spec.head_dim / (base.num_kv_heads * base.head_dim)
+    return {
+        "query_key_value": (hidden, heads),
+        "query": (hidden, heads),
+        "key_value": (hidden, kv_heads),
+        "dense": (heads, hidden),
+        **dict.fromkeys(("linear1", "gate", "up"), (hidden, ffn)),
+        "linear2": (ffn, hidden),
+    }
+
+
+def _vector_width(module: str, own: str, spec: ModelSpec, base: WidthScaling) -> float:
+    """The one width that grows of a parameter with a single one."""
+    matrices = _matrices(spec, base)
+    if module in matrices:
+        return matrices[module][1]  # its bias
+    if module in ("query_norm", "key_norm"):
+        return spec.head_dim / base.head_dim
+    if module == "rpe":
+        return spec.num_heads / base.num_heads
+    if (module == "head" and own == "bias") or (module.endswith("norm") and spec.norm == "scalenorm"):
+        return 1.0
+    return spec.hidden_size / base.hidden_size

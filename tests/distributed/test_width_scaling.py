@@ -1,0 +1,49 @@
+"""muP at every kind of layout equals one process: the function, and a learning rate of its own for each parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from megatron.model.spec import WidthScaling
+from tests.distributed.cells import BLOCKS, EPS
+from tests.distributed.differences import differences
+from tests.distributed.layout_cases import Case, tiny_spec, train_case
+from tests.distributed.oracle import oracle_run
+from tests.distributed.tolerances import FP32, excesses
+
+Ranks = Callable[..., list[Any]]
+
+# Every width by another ratio, so that a factor in the wrong place shows.
+MUP = WidthScaling(8, 10, num_heads=2, num_kv_heads=2, head_dim=4, embedding_mult=1.5, position_mult=0.5)
+FIVE = {"steps": 5, "eps": EPS}
+
+CASES = {
+    "dp2-zero2": Case(dp=2, zero_stage=2, **FIVE, spec={"mup": MUP, "position": "learned"}),
+    "dp2-zero3": Case(dp=2, zero_stage=3, **FIVE, spec={"mup": MUP, "tied_head": True}),
+    "tp2-sp": Case(tp=2, sequence_parallel=True, **FIVE, spec={"mup": MUP, **BLOCKS["sequential"]}),
+    "tp4-shared-kv": Case(tp=4, **FIVE, spec={"mup": MUP, "num_kv_heads": 2, **BLOCKS["llama"]}),
+    "tp2-pp2-tied": Case(tp=2, pp=2, **FIVE, spec={"mup": MUP, "tied_head": True}),
+    # A stage without a block: its optimizer has the groups of the others all the same.
+    "pp4-head-alone": Case(pp=4, dp=1, partition_method="parameters", **FIVE, spec={"mup": MUP, "num_layers": 2}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_one_process(ranks: Ranks, name: str) -> None:
+    case = CASES[name]
+    results = ranks(train_case, case.world_size, case)
+    expected = oracle_run(case)
+    assert excesses(differences(results, expected), FP32) == []
+
+
+def test_the_factors_differ() -> None:
+    """That the layouts above have something to get wrong."""
+    case = CASES["tp4-shared-kv"]
+    names = ("embedding.word_embeddings.weight", "layers.0.attention.query.weight", "layers.0.mlp.linear2.weight")
+    spec = tiny_spec(**case.spec)
+    dense = case.lr_factor("layers.0.attention.dense.weight")
+    assert [case.lr_factor(name) for name in names] == [1.0, 8 / 24, 10 / spec.ffn_size]
+    assert dense == 8 / (spec.num_heads * spec.head_dim)
