@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron.common.errors import CheckpointError, ConfigError
 from megatron.config import Config, load
-from megatron.convert.export import PRECISIONS, export_checkpoint
+from megatron.convert.export import PRECISIONS, export_checkpoint, is_untouched
 from megatron.convert.families import FAMILIES
 from megatron.convert.foreign import AnyReader
 from megatron.convert.lora import merged
@@ -29,7 +29,7 @@ _OF_CONFIG = {"fp16": "fp16", "bfloat16": "bf16", "fp32": "fp32"}
 def main(argv: list[str] | None = None) -> int:
     """Convert as the command line says. Raises: CheckpointError, ConfigError, DataError."""
     args = _parse(argv)
-    config = load([args.config_file], planning=True) if args.config_file else None
+    config = load(args.config_file, planning=True) if args.config_file else None
     reader = open_weights(
         args.input_dir,
         None if config is None else model_spec(config),
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.adapter:
         return _export_adapter(reader, args, model_type)
     reader = folded(merged(reader))
-    is_imported = "hugging_face" in reader.state
+    is_imported = is_untouched(reader)
     if config is None and not is_imported and (args.precision == "auto" or not args.no_save_tokenizer):
         raise ConfigError(
             "--config_file is missing: it says which tokenizer belongs to the model, and its precision. Give it, or "
@@ -94,7 +94,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="convert_neox_to_hf.py", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add("--input_dir", type=Path, required=True, help="a global_stepN folder, or the folder that holds them (newest)")
-    add("--config_file", type=Path, help="the YAML that the model was trained with")
+    add("--config_file", type=Path, nargs="+", help="the YAML files that the model was trained with")
     add("--output_dir", type=Path, required=True, help="the folder to make; must not hold anything yet")
     add("--precision", choices=["auto", *PRECISIONS], default="auto", help="auto: as the model was trained")
     add("--adapter", action="store_true", help="of a LoRA run: write the updates alone, as a PEFT adapter")

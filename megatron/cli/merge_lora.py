@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron.checkpoint import Piece, open_checkpoint, save
 from megatron.common.errors import CheckpointError
+from megatron.convert.foreign import ORIGIN
 from megatron.convert.lora import merged
 from megatron.model.build import vocabulary_parameters
 from megatron.model.spec import ModelSpec
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         args.output_dir,
         reader.step,
         pieces,
-        {key: plain.state[key] for key in ("model_spec", "facts", "layout") if key in plain.state},
+        {key: plain.state[key] for key in ("model_spec", "facts", "layout", ORIGIN) if key in plain.state},
         source_files=list(reader.source_files().items()),
         used_rows=dict.fromkeys(vocabulary_parameters(spec), spec.vocab_size),
         expected_names=plain.names(),

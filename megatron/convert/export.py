@@ -22,7 +22,7 @@ from megatron.common.errors import CheckpointError
 from megatron.common.files import atomic_write_text, fsync_directory
 from megatron.convert.families import FAMILIES, family_for
 from megatron.convert.family import Family
-from megatron.convert.foreign import AnyReader
+from megatron.convert.foreign import ORIGIN, AnyReader, ForeignReader
 from megatron.convert.hf_folder import CONFIG, MAX_FILE_BYTES, write_weights
 from megatron.convert.hf_reference import encode
 from megatron.convert.hf_tokenizer import carry_files, write_tokenizer
@@ -56,10 +56,15 @@ def model_spec(reader: AnyReader) -> ModelSpec:
 
 def choose_family(reader: AnyReader, spec: ModelSpec, asked: str | None) -> Family:
     """The family to write: the one asked for, the one that the model came from, or the first that computes it."""
-    came_from = reader.state.get("hugging_face", {}).get("model_type")
+    came_from = reader.state.get(ORIGIN, {}).get("model_type")
     if asked is None and came_from in FAMILIES and not FAMILIES[came_from].refusals(spec):
         return FAMILIES[came_from]
     return family_for(spec, asked)
+
+
+def is_untouched(reader: AnyReader) -> bool:
+    """Whether this is a Hugging Face model as it was imported, and not what a run has made of it."""
+    return ORIGIN in reader.state and not reader.state.get("facts")
 
 
 def export_checkpoint(
@@ -87,7 +92,7 @@ def export_checkpoint(
     family = choose_family(reader, spec, model_type)
     dtype = None if precision == "stored" else PRECISIONS[precision]
     source = _Source(reader, spec, family, dtype)
-    ids = _token_ids(reader, tokenizer, eod_id, pad_id)
+    ids = _token_ids(reader, spec, tokenizer, eod_id, pad_id)
     config = config_json(family, spec, dtype=source.main_dtype, ids=ids)
     temporary = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -97,8 +102,8 @@ def export_checkpoint(
         for name, values in ((CONFIG, config), ("generation_config.json", ids)):
             atomic_write_text(temporary / name, json.dumps(values, indent=2) + "\n")
         # An imported model's own generation settings and tokenizer files lie beside its checkpoint.
-        if "hugging_face" in reader.state and isinstance(reader.folder, Path):
-            carry_files(reader.folder.parent, temporary)
+        if is_untouched(reader) and isinstance(reader.folder, Path):
+            carry_files(reader.folder if isinstance(reader, ForeignReader) else reader.folder.parent, temporary)
         if tokenizer is not None:
             write_tokenizer(temporary, tokenizer, spec.max_positions)
             _check_tokenizer(temporary, tokenizer)
@@ -129,14 +134,18 @@ def config_json(
 
 
 def _token_ids(
-    reader: AnyReader, tokenizer: Tokenizer | None, eod_id: int | None, pad_id: int | None
+    reader: AnyReader, spec: ModelSpec, tokenizer: Tokenizer | None, eod_id: int | None, pad_id: int | None
 ) -> dict[str, int | list[int] | None]:
     if tokenizer is not None:
         eod_id = tokenizer.eod_id if eod_id is None else eod_id
         pad_id = tokenizer.pad_id if pad_id is None else pad_id
     ids: dict[str, int | list[int] | None] = {
-        key: reader.state.get("hugging_face", {}).get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")
+        key: reader.state.get(ORIGIN, {}).get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")
     }
+    for key, value in ids.items():
+        # A run with a tokenizer of its own may know fewer ids than the model that it started from.
+        if any(token >= spec.vocab_size for token in (value if isinstance(value, list) else [value or 0])):
+            ids[key] = None
     if eod_id is not None:
         ids["eos_token_id"] = eod_id
         # A model that never had a mark of its own for the beginning starts from the end of another document.

@@ -20,6 +20,8 @@ from megatron.model.spec import ModelSpec
 from megatron.parallel.sharding import ShardSpec, get_shard_spec
 
 WEIGHT = "weight"
+# In a checkpoint's state: model_type and token ids of the Hugging Face model that its weights came from.
+ORIGIN = "hugging_face"
 
 
 class ForeignReader:
@@ -27,6 +29,7 @@ class ForeignReader:
 
     get: a parameter's public name -> the whole tensor, at least `spec.vocab_size` rows of vocabulary.
     what: a short name of the format, for messages. note: what was assumed, for people.
+    origin: of a Hugging Face model, what its checkpoints keep of it (see ORIGIN).
     check: compare checksums of a part of the files, if there are any.
     """
 
@@ -39,10 +42,11 @@ class ForeignReader:
         what: str,
         step: int = 0,
         note: str = "",
+        origin: dict[str, Any] | None = None,
         check: Callable[[int, int], None] = lambda part, parts: None,
     ) -> None:
         self.folder, self.step, self.what, self.note = folder, step, what, note
-        self.state: dict[str, Any] = {"model_spec": spec.to_dict()}
+        self.state: dict[str, Any] = {"model_spec": spec.to_dict(), **({ORIGIN: origin} if origin else {})}
         self.created, self.software = "", dict[str, str]()
         self._get, self._check, self._vocab_size = get, check, spec.vocab_size
         self._vocabulary = vocabulary_parameters(spec)

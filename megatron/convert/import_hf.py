@@ -22,6 +22,7 @@ from megatron.common.errors import CheckpointError
 from megatron.common.files import atomic_write_text, fsync_directory
 from megatron.convert.families import family_of_config
 from megatron.convert.family import EMBEDDING, Family
+from megatron.convert.foreign import ORIGIN
 from megatron.convert.hf_folder import CONFIG, HFWeights, read_json
 from megatron.convert.hf_tokenizer import carry_files
 from megatron.convert.logit_check import LogitCheck, check_logits
@@ -73,6 +74,12 @@ class HFSource:
         self._last: tuple[Group, dict[str, torch.Tensor]] | None = None
         self._check_names()
         self._check_shapes()
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What checkpoints keep of the folder's model, for the way back: its model_type and special ids."""
+        ids = {key: self.config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        return {"model_type": self.family.model_type, **ids}
 
     def names(self) -> list[str]:
         """Our names of all tensors, in the order of the model."""
@@ -208,7 +215,6 @@ def _finite(source: HFSource, name: str, dtype: torch.dtype | None) -> torch.Ten
 
 
 def _state(source: HFSource, kinds: dict[str, torch.dtype]) -> dict[str, Any]:
-    ids = {key: source.config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     words = {torch.float16: "fp16", torch.bfloat16: "bfloat16"}
     return {
         "model_spec": source.spec.to_dict(),
@@ -217,5 +223,5 @@ def _state(source: HFSource, kinds: dict[str, torch.dtype]) -> dict[str, Any]:
         "loss_scale": None,
         "layout": {"tp": 1, "pp": 1, "dp": 1, "precision": words.get(next(iter(kinds.values())), "fp32")},
         "facts": {},
-        "hugging_face": {"model_type": source.family.model_type, **ids},
+        ORIGIN: source.origin,
     }

@@ -43,7 +43,7 @@ def _open_foreign(folder: Path, spec: ModelSpec | None, grouped: GroupedLayout |
     source = HFSource(folder)
     if spec is not None:
         _require_same(folder, spec, source.spec)
-    return ForeignReader(folder, spec or source.spec, source.read, what="Hugging Face model")
+    return ForeignReader(folder, spec or source.spec, source.read, what="Hugging Face model", origin=source.origin)
 
 
 def _require_same(folder: Path, spec: ModelSpec, theirs: ModelSpec) -> None:

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from megatron.common.errors import CheckpointError
 from megatron.common.files import atomic_write_text, fsync_directory
-from megatron.convert.families import family_for
+from megatron.convert.export import choose_family
 from megatron.convert.family import Family
 from megatron.convert.foreign import AnyReader
 from megatron.convert.recipes import Group
@@ -50,7 +50,7 @@ def export_adapter(
         )
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CheckpointError(f"{output} exists and is not empty. Remove it, or choose another --output_dir.")
-    family = family_for(_without_updates(spec), model_type)
+    family = choose_family(reader, _without_updates(spec), model_type)
     tensors, ranks = _tensors(reader, spec, family, dtype)
     temporary = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)

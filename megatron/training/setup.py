@@ -19,6 +19,7 @@ from megatron.common.errors import ConfigError, DataError
 from megatron.common.heartbeat import reach
 from megatron.config import Config
 from megatron.config.plan.flops import flops_per_token
+from megatron.convert.foreign import ORIGIN
 from megatron.data.assembly import Datasets
 from megatron.data.loader import BatchLoader
 from megatron.data.setup import build_datasets
@@ -107,8 +108,8 @@ def _build(config: Config, asked: Callable[[], int], device: torch.device) -> Ru
         OPTIMIZER: config.optimizer.type,
     }
     facts |= {key: getattr(config.tuning, key) for key in ("train_parameters", "freeze_parameters")}
-    position, schedule = _continue(config, engine, facts, reporter)
-    about = {"schedule": asdict(schedule), "config": config.to_upstream_dict()}
+    position, schedule, origin = _continue(config, engine, facts, reporter)
+    about = {"schedule": asdict(schedule), "config": config.to_upstream_dict(), **origin}
     saver = Saver(engine, save_options(config, facts, about), reporter.message)
     saver.check_folder()
     run = Run(
@@ -161,12 +162,15 @@ def _add_watchers(run: Run, config: Config, groups: ProcessGroups, tokenizer: To
 
 def _continue(
     config: Config, engine: TrainEngine, facts: dict[str, Any], reporter: Reporter
-) -> tuple[Position, LearningRateSchedule]:
-    """Where the run goes on from, and by which schedule; what has changed since is said. Collective."""
+) -> tuple[Position, LearningRateSchedule, dict[str, Any]]:
+    """Where the run goes on from, by which schedule, and what its checkpoints are to say of the model's origin.
+
+    What has changed since is said. Collective.
+    """
     options, schedule, report = load_options(config), learning_rate_schedule(config), reporter.message
     reader = open_run(engine, options, report)
     if reader is None:
-        return Position(), schedule
+        return Position(), schedule, {}
     position = restore_run(engine, reader, options, facts, report)
     if not options.weights_only:
         source: ScheduleSource | None = "config" if config.schedule.override_lr_scheduler else None
@@ -176,7 +180,7 @@ def _continue(
         changes = changed_settings(reader.state.get("config", {}), settings(config))
         if changes:
             report("changed since that checkpoint: " + "; ".join(changes))
-    return position, schedule
+    return position, schedule, {ORIGIN: reader.state[ORIGIN]} if ORIGIN in reader.state else {}
 
 
 def settings(config: Config) -> dict[str, Any]:
