@@ -66,6 +66,8 @@ def main(argv: list[str] | None = None) -> int:
     print(f"checked: transformers' logits equal the native ones to {check.difference:.2g} (largest {check.scale:.3g})")
     if check.rounding:
         print(f"rounding the weights to {precision} moves a logit by {check.rounding:.2g} at most")
+    for (major, minor), why in result.needs:
+        print(f"needs transformers {major}.{minor} or later: {why}")
     print(f"written: {result.folder}, {result.architecture} ({result.tensor_bytes / 1e6:.1f} MB of weights)")
     return 0
 

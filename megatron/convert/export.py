@@ -27,6 +27,7 @@ from megatron.convert.hf_folder import CONFIG, MAX_FILE_BYTES, write_weights
 from megatron.convert.hf_reference import encode
 from megatron.convert.hf_tokenizer import carry_files, write_tokenizer
 from megatron.convert.logit_check import LogitCheck, check_logits
+from megatron.convert.reader_versions import needed_versions
 from megatron.convert.recipes import Group
 from megatron.model.build import vocabulary_parameters
 from megatron.model.spec import ModelSpec
@@ -38,12 +39,16 @@ _TEXTS = ("def main() -> int:\n    return 0\n", "The  quick brown fox, naÃ¯ve æ¼
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, as which architecture, and how far transformers' logits are from the native ones."""
+    """What was written, as which architecture, and how far transformers' logits are from the native ones.
+
+    needs: what readers older than the last line's version make of it (megatron.convert.reader_versions).
+    """
 
     folder: Path
     architecture: str
     tensor_bytes: int
     check: LogitCheck
+    needs: list[tuple[tuple[int, int], str]]
 
 
 def model_spec(reader: AnyReader) -> ModelSpec:
@@ -115,7 +120,8 @@ def export_checkpoint(
         fsync_directory(output.absolute().parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return Exported(output, family.architecture, tensor_bytes, check)
+    needs = needed_versions(family.model_type, family.as_expressed(spec))
+    return Exported(output, family.architecture, tensor_bytes, check, needs)
 
 
 def config_json(
