@@ -27,7 +27,6 @@ from megatron.launch.commands import needs_other_hosts, rank_commands
 from megatron.launch.restarts import refuse_restarts, require_restartable, run_with_restarts
 from megatron.launch.several_hosts import describe_job, run_job
 from megatron.launch.spawn import run_ranks
-from megatron.launch.stopping import EXIT_GRACE
 from megatron.launch.submit import add_submit_flags, own_command, request_of, submit, submit_overrides
 
 INFERENCE_SCRIPTS = ("generate", "evaluate", "eval")
@@ -114,7 +113,6 @@ def start(config: Config, script: str, *, stays: bool = False) -> int:
     """
     # For the processes, and for the launchers of other hosts. The job's time runs on through restarts.
     os.environ.setdefault(STARTED_AT, str(time.time()))
-    os.environ[EXIT_GRACE] = str(config.launcher.exit_grace_in_mins)
     if needs_other_hosts(config, os.environ):
         return run_job(config, script)
     folder = Path(tempfile.mkdtemp(prefix="megatron-"))
@@ -126,7 +124,7 @@ def start(config: Config, script: str, *, stays: bool = False) -> int:
             sys.stdout.flush()
             environment = {**os.environ, **commands[0].added, "MEGATRON_REMOVE_CONFIG": str(file)}
             os.execve(sys.executable, commands[0].arguments, environment)
-        return run_ranks(commands)
+        return run_ranks(commands, grace_mins=config.launcher.exit_grace_in_mins)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

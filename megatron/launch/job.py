@@ -22,6 +22,7 @@ from megatron.common.errors import LaunchError
 from megatron.config import Config
 from megatron.config.hosts import HostfileError, read_slots
 from megatron.launch.commands import RankCommand
+from megatron.launch.stopping import EXIT_GRACE_MINS
 from megatron.launch.wire import candidate_ports
 
 JOB_FILE, CONFIG_FILE, OUTCOME_FILE = "job.json", "config.json", "exit_code"
@@ -47,6 +48,7 @@ class Job:
     ports: where the first host's launcher may listen for the others; token: what they show each other.
     environment: variables that the launcher of each host sets. is_batch: whether a batch script starts it, which may
     do so again.
+    exit_grace_mins: how long processes that were asked to stop may take to leave.
     names_devices: whether processes are limited to the slots' devices; else those of the host are counted from 0.
     """
 
@@ -62,6 +64,7 @@ class Job:
     ports: tuple[int, ...] = ()
     token: str = ""
     is_batch: bool = False
+    exit_grace_mins: float = EXIT_GRACE_MINS
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
@@ -156,6 +159,7 @@ def plan_job(config: Config, script: str, folder: str | Path, environment: Mappi
         and (launcher.include or launcher.exclude or launcher.num_gpus) is not None,
         ports=candidate_ports(),
         token=secrets.token_hex(16),
+        exit_grace_mins=launcher.exit_grace_in_mins,
     )
     if job.world_size != config.parallel.world_size:
         raise LaunchError(

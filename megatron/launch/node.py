@@ -25,8 +25,8 @@ from megatron.config import Config
 from megatron.launch.commands import RankCommand
 from megatron.launch.environment import read_env_file
 from megatron.launch.job import CONFIG_FILE, JOB_FILE, OUTCOME_FILE, STUCK_FILE, Job, gpus_here, require_resolvable
+from megatron.launch.restarts import requeued, require_progress
 from megatron.launch.spawn import FORWARDED, read_output, run_ranks, start_process
-from megatron.launch.submit import continued, require_progress
 from megatron.launch.team import START_S, Team
 from megatron.launch.wire import Channel, Message, connect, interface_of
 
@@ -117,7 +117,8 @@ def _lead(job: Job, address: str) -> int:
         port = job.master_port or _free_port()
         if job.master_port is not None:
             _require_free(port)
-        return run_ranks(job.commands(port, address, _config_file(job)), team.start)
+        commands = job.commands(port, address, _config_file(job))
+        return run_ranks(commands, team.start, grace_mins=job.exit_grace_mins)
     finally:
         if stuck := team.disperse():
             lines = [f"{host} {pid}\n" for host, pid in stuck.items()]
@@ -140,7 +141,7 @@ def _config_file(job: Job) -> str:
         return CONFIG_FILE
     submitted = Path(job.folder) / CONFIG_FILE
     name = f"continued-{os.environ['SLURM_JOB_ID']}.json"
-    config = continued(Config.read(submitted), submitted.stat().st_mtime)
+    config = requeued(Config.read(submitted), submitted.stat().st_mtime)
     require_progress(config, submitted.with_name(f"starts-{os.environ['SLURM_JOB_ID']}"))
     config.write(submitted.with_name(name))
     return name

@@ -1,4 +1,4 @@
-"""Start a run again after a failure, from its newest checkpoint, for as long as that leads somewhere.
+"""Start a run again after a failure or a requeue, from its newest checkpoint, for as long as that leads somewhere.
 
 Knows of checkpoints only that a published one is a folder `global_step<N>` with a manifest; whether it is sound is for
 the ranks to find out, which fall back to an older one. Invariant: a run that was asked to stop, or that would fail
@@ -27,6 +27,8 @@ LASTING = {error.exit_code for error in (ConfigError, LaunchError, DataError, No
 ASKED = {128 + number for number in STOP_SIGNALS}
 # Seconds before a restart, by how many failures there have been without a checkpoint of a later step.
 DELAYS_S = (1.0, 10.0, 60.0)
+# Starts of a requeued job without a new checkpoint between them, before it is given up.
+MAX_FRUITLESS = 3
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,8 @@ def _remote_manifests(save: str) -> dict[str, float]:
         return {f"{scheme}://{name.lstrip('/')}": json.loads(fs.cat_file(name))["created_ns"] / 1e9 for name in found}
     except Exception as error:  # libraries below have error families of their own
         raise CheckpointError(
-            f"--max-restarts: {save} cannot be looked at for checkpoints: {error}. Mend that, or leave --max-restarts "
-            "out; docs/checkpoints.md tells what object storage needs."
+            f"{save} cannot be looked at for checkpoints to go on from: {error}. docs/checkpoints.md tells what object "
+            "storage needs; without --max-restarts and --submit nobody has to look."
         ) from error
 
 
@@ -98,6 +100,34 @@ def continued(config: Config) -> Config:
         no_load_optim=False,
         no_load_rng=config.checkpoint.no_save_rng,
     )
+
+
+def requeued(config: Config, since_s: float) -> Config:
+    """The configuration with which a job that Slurm started again goes on: as it began if it has not saved yet.
+
+    since_s: when the job was submitted, in seconds since 1970. An older checkpoint in `save` is another run's.
+    Raises: CheckpointError as `newest_checkpoint`.
+    """
+    newest = newest_checkpoint(config.checkpoint.save) if config.checkpoint.save is not None else None
+    return continued(config) if newest is not None and newest.written_s > since_s else config
+
+
+def require_progress(config: Config, record: Path) -> None:
+    """Note in a file which checkpoint a requeued job goes on from, and refuse to do so in a circle.
+
+    Raises: LaunchError, whose exit code the batch script does not requeue.
+    """
+    if config.checkpoint.save is None:
+        return
+    newest = newest_checkpoint(config.checkpoint.save)
+    name = newest.folder if newest is not None else "the beginning"
+    before = record.read_text(encoding="utf-8").splitlines() if record.exists() else []
+    record.write_text("".join(f"{line}\n" for line in [*before, name]), encoding="utf-8")
+    if before[-MAX_FRUITLESS:] == [name] * MAX_FRUITLESS:
+        raise LaunchError(
+            f"the job was started {MAX_FRUITLESS + 1} times in a row from the same place, {name}, so it would never "
+            "get on. Give it more time than its start-up takes (--time), or a larger --warn-s if saving takes long."
+        )
 
 
 def run_with_restarts(

@@ -23,7 +23,7 @@ from typing import IO, Protocol
 
 from megatron.launch.commands import RankCommand
 from megatron.launch.error_reports import ErrorReports
-from megatron.launch.stopping import Stopping
+from megatron.launch.stopping import EXIT_GRACE_MINS, Stopping
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 # After the first failure: time for the others to fail by themselves, then to end on SIGTERM, before SIGKILL.
@@ -125,12 +125,15 @@ def read_output(process: subprocess.Popen[bytes], take: Callable[[str, bool], No
 
 
 def run_ranks(
-    commands: Sequence[RankCommand], start_elsewhere: Callable[[RankCommand, ErrorReports], Rank] | None = None
+    commands: Sequence[RankCommand],
+    start_elsewhere: Callable[[RankCommand, ErrorReports], Rank] | None = None,
+    *,
+    grace_mins: float = EXIT_GRACE_MINS,
 ) -> int:
     """Run all ranks to their end.
 
     start_elsewhere: starts the ranks of other hosts, those whose command has a node other than 0; the host then stands
-    in front of every line.
+    in front of every line. grace_mins: how long ranks that were asked to stop may take (exit_grace_in_mins).
 
     Returns the exit code: 0, or that of the rank that failed first (128 + n for one that signal n ended), or 128 + n
     when signal n asked the run to stop.
@@ -139,7 +142,7 @@ def run_ranks(
     reports = ErrorReports(len(commands), on_first=lambda: ended.put(None))
     ranks: list[Rank] = []
     here = os.uname().nodename if start_elsewhere is not None else None
-    stopping = Stopping(ranks)
+    stopping = Stopping(ranks, grace_mins)
     previous = {number: signal.signal(number, stopping) for number in FORWARDED}
     # Only a rank in our own process group may read from the terminal, and Ctrl-C then reaches it without us.
     at_terminal = _is_foreground()

@@ -6,7 +6,6 @@ over.
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import threading
@@ -16,7 +15,8 @@ from typing import Protocol
 
 from megatron.common.stop import STOP_SIGNALS
 
-EXIT_GRACE = "MEGATRON_EXIT_GRACE_MINS"
+# Where no configuration says how long ranks may take to leave.
+EXIT_GRACE_MINS = 10.0
 # A rank left although nobody asked here: time for the others to leave by themselves before they are asked too.
 OWN_END_S = 1.0
 
@@ -29,19 +29,15 @@ class Signalled(Protocol):
     def send(self, number: int) -> None: ...
 
 
-def exit_grace_mins() -> float:
-    """How long ranks may take to leave, as the configuration's exit_grace_in_mins was passed on."""
-    return float(os.environ.get(EXIT_GRACE) or 10.0)
-
-
 class Stopping:
     """A signal handler that asks every rank in `ranks` (as it grows) to stop, and what came of it.
 
+    grace_mins: how long they may take to leave (exit_grace_in_mins).
     Ctrl-C when they were asked already ends them at once; other repetitions are passed on and change nothing.
     """
 
-    def __init__(self, ranks: Sequence[Signalled]) -> None:
-        self._ranks = ranks
+    def __init__(self, ranks: Sequence[Signalled], grace_mins: float) -> None:
+        self._ranks, self._grace_mins = ranks, grace_mins
         self._asked = 0
         self._is_killing = False
         self._timers: list[threading.Timer] = []
@@ -81,7 +77,7 @@ class Stopping:
 
     def _begin(self, number: int) -> None:
         self._asked = number
-        self._after(60 * exit_grace_mins(), self._kill)
+        self._after(60 * self._grace_mins, self._kill)
 
     def _after(self, delay_s: float, what: Callable[..., None], *args: int) -> None:
         timer = threading.Timer(delay_s, what, args)
@@ -95,7 +91,7 @@ class Stopping:
 
     def _kill(self) -> None:
         sys.stderr.write(
-            f"{signal.Signals(self._asked).name} was {exit_grace_mins():g} minutes ago (exit_grace_in_mins) and the "
+            f"{signal.Signals(self._asked).name} was {self._grace_mins:g} minutes ago (exit_grace_in_mins) and the "
             "run has not left: it is ended now. The last checkpoint is untouched; what came after it is lost.\n"
         )
         self._is_killing = True

@@ -28,8 +28,6 @@ from megatron.launch.starters import node_command, slurm_line, slurm_options
 SCRIPT_FILE = "submit.sh"
 # Slurm looks at time limits every 30 s, so that a signal may come that much earlier, but never later.
 WARN_S = 120
-# Starts of a requeued job without a new checkpoint between them, before it is given up.
-MAX_FRUITLESS = 3
 
 
 @dataclass(frozen=True)
@@ -184,52 +182,6 @@ def _check(config: Config, request: Request, job: Job) -> None:
         raise ConfigError("--submit of a run on GPUs needs --gpus-per-node.")
     if request.time is not None and not re.fullmatch(r"\d+|\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d){0,2}", request.time):
         raise ConfigError(f"--time {request.time}: write minutes, HH:MM:SS, D-HH or D-HH:MM:SS, as for sbatch.")
-
-
-def continued(config: Config, since_s: float) -> Config:
-    """The configuration with which a requeued job goes on: from its own checkpoints, wherever it began.
-
-    since_s: when the job was submitted, in seconds since 1970. An older checkpoint in `save` is another run's. On
-    object storage that is not looked up, and whatever is in `save` is the run's.
-    """
-    checkpoint = config.checkpoint
-    if checkpoint.save is None:
-        return config
-    is_remote = "://" in checkpoint.save
-    if not is_remote and not any(path.stat().st_mtime > since_s for path in _manifests(checkpoint.save)):
-        return config
-    return config.replace(
-        load=checkpoint.save,
-        iteration=None,
-        finetune=False,
-        no_load_optim=False,
-        no_load_rng=checkpoint.no_save_rng,
-        allow_fresh_start=is_remote and checkpoint.load in (None, checkpoint.save),
-    )
-
-
-def require_progress(config: Config, record: Path) -> None:
-    """Note in a file which checkpoint a requeued job goes on from, and refuse to do so in a circle.
-
-    Raises: LaunchError, whose exit code the batch script does not requeue.
-    """
-    save = config.checkpoint.save
-    if save is None or "://" in save:
-        return
-    newest = max(_manifests(save), key=lambda path: path.stat().st_mtime, default=None)
-    name = newest.parent.name if newest is not None else "no checkpoint"
-    before = record.read_text(encoding="utf-8").splitlines() if record.exists() else []
-    record.write_text("".join(f"{line}\n" for line in [*before, name]), encoding="utf-8")
-    if before[-MAX_FRUITLESS:] == [name] * MAX_FRUITLESS:
-        raise LaunchError(
-            f"the job was started {MAX_FRUITLESS + 1} times in a row from the same place ({name} in {save}), so it "
-            "would never get on. Give it more time than its start-up takes (--time), or a larger --warn-s if saving "
-            "takes long."
-        )
-
-
-def _manifests(save: str) -> list[Path]:
-    return list(Path(save).glob("global_step*/manifest.json"))
 
 
 def add_submit_flags(parser: argparse.ArgumentParser) -> None:

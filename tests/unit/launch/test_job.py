@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from megatron.checkpoint import save
 from megatron.common.errors import ConfigError, LaunchError
 from megatron.config import Config, load
 from megatron.launch import commands as commands_module
 from megatron.launch.commands import needs_other_hosts, rank_commands
 from megatron.launch.job import Job, make_folder, plan_job, remove_folder, require_resolvable
+from megatron.launch.restarts import newest_checkpoint, requeued, require_progress
 from megatron.launch.starters import starter
-from megatron.launch.submit import Request, batch_script, continued, require_progress, submit
+from megatron.launch.submit import Request, batch_script, submit
 
 TINY = {
     "num_layers": 2,
@@ -70,6 +73,11 @@ def test_ranks_follow_the_hostfile(hosts: str) -> None:
         "MASTER_PORT": "29500",
         "DS_ACCELERATOR": "cpu",
     }
+
+
+def test_the_time_to_leave_comes_from_the_configuration(tmp_path: Path, hosts: str) -> None:
+    job = plan_job(config(hostfile=hosts, exit_grace_in_mins=2.5), "train.py", tmp_path, {})
+    assert Job.read(job.write()).exit_grace_mins == 2.5
 
 
 def test_filters_choose_devices(hosts: str) -> None:
@@ -225,28 +233,29 @@ def test_requests_that_contradict(request_: Request, message: str) -> None:
         submit(config(**BATCH), "train.py", request_, ["./deepy.py"], dry_run=True)
 
 
-def test_a_requeued_job_goes_on_from_its_own_checkpoints_only(tmp_path: Path) -> None:
-    save = tmp_path / "save"
-    asked = config(save=str(save), checkpoint_factor=5, load="/other/run", finetune=True, iteration=7)
-    assert continued(asked, 0.0) == asked
-    manifest = save / "global_step5" / "manifest.json"
-    manifest.parent.mkdir(parents=True)
-    manifest.write_text("{}")
-    written = manifest.stat().st_mtime
-    assert continued(asked, written + 1) == asked
-    after = continued(asked, written - 1).checkpoint
-    assert (after.load, after.finetune, after.iteration, after.allow_fresh_start) == (str(save), False, None, False)
+@pytest.mark.parametrize("scheme", ["", "file://", "memory://"])
+def test_a_requeued_job_goes_on_from_its_own_checkpoints_only(tmp_path: Path, scheme: str) -> None:
+    place = f"{scheme}{tmp_path / 'save'}"
+    asked = config(save=place, checkpoint_factor=5, load="/other/run", finetune=True, iteration=7)
+    assert requeued(asked, 0.0) == asked
+    save(place, 5, [], {}, rank_tensors={"x": torch.zeros(2)})
+    newest = newest_checkpoint(place)
+    assert newest is not None
+    # One that was there when the job was submitted is another run's.
+    assert requeued(asked, newest.written_s + 1) == asked
+    after = requeued(asked, newest.written_s - 1).checkpoint
+    assert (after.load, after.finetune, after.iteration, after.allow_fresh_start) == (place, False, None, False)
 
 
-def test_a_job_that_never_gets_on_is_given_up(tmp_path: Path) -> None:
-    asked = config(save=str(tmp_path / "save"), checkpoint_factor=5)
+@pytest.mark.parametrize("scheme", ["", "memory://"])
+def test_a_job_that_never_gets_on_is_given_up(tmp_path: Path, scheme: str) -> None:
+    place = f"{scheme}{tmp_path / 'save'}"
+    asked = config(save=place, checkpoint_factor=5)
     record = tmp_path / "starts"
     for _ in range(2):
         require_progress(asked, record)
-    manifest = tmp_path / "save" / "global_step5" / "manifest.json"
-    manifest.parent.mkdir(parents=True)
-    manifest.write_text("{}")
+    save(place, 5, [], {}, rank_tensors={"x": torch.zeros(2)})
     for _ in range(3):
         require_progress(asked, record)
-    with pytest.raises(LaunchError, match=r"started 4 times in a row from the same place \(global_step5"):
+    with pytest.raises(LaunchError, match=r"started 4 times in a row from the same place, .*global_step5"):
         require_progress(asked, record)

@@ -21,7 +21,8 @@ from megatron.launch.spawn import run_ranks
 if "PATIENCE_S" in os.environ:
     spawn.OWN_END_S = spawn.TERM_S = float(os.environ["PATIENCE_S"])
 script, world = sys.argv[1], int(sys.argv[2])
-sys.exit(run_ranks([RankCommand(r, [sys.executable, "-u", script], {"RANK": str(r)}) for r in range(world)]))
+commands = [RankCommand(r, [sys.executable, "-u", script], {"RANK": str(r)}) for r in range(world)]
+sys.exit(run_ranks(commands, grace_mins=float(os.environ.get("GRACE_MINS", "10"))))
 """
 PREAMBLE = """
 import os, signal, sys, time
@@ -247,7 +248,7 @@ def test_a_failure_while_stopping_is_a_failure(job: Callable[..., Job]) -> None:
 
 
 def test_the_time_to_leave_is_limited(job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MEGATRON_EXIT_GRACE_MINS", "0.005")
+    monkeypatch.setenv("GRACE_MINS", "0.005")
     one = job("signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + READY + "time.sleep(60)", 2)
     pids = one.pids()
     ready(one)

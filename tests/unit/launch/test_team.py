@@ -29,14 +29,15 @@ open(os.path.join(os.path.dirname(__file__), f"pid{rank}"), "w").write(str(os.ge
 class Pair:
     """The launchers of two hosts with two ranks each."""
 
-    def __init__(self, folder: Path, body: str) -> None:
+    def __init__(self, folder: Path, body: str, grace_mins: float) -> None:
         self.folder = folder
         script = folder / "rank.py"
         script.write_text(PREAMBLE + body)
         hosts = (Host("one", (0, 1)), Host("two", (0, 1)))
         self.job = Job(
-            "pdsh", str(script), str(folder), str(folder), hosts, "cpu", "127.0.0.1", ports=candidate_ports(), token="t"
-        )
+            "pdsh", str(script), str(folder), str(folder), hosts, "cpu", "127.0.0.1",
+            ports=candidate_ports(), token="t", exit_grace_mins=grace_mins,
+        )  # fmt: skip
         file = self.job.write()
         # As pdsh does, hold a stdin open to which nothing is written.
         held, self.starter = os.pipe()
@@ -68,11 +69,11 @@ class Pair:
 
 
 @pytest.fixture
-def pair(tmp_path: Path) -> Iterator[Callable[[str], Pair]]:
+def pair(tmp_path: Path) -> Iterator[Callable[..., Pair]]:
     started: list[Pair] = []
 
-    def start(body: str) -> Pair:
-        started.append(Pair(tmp_path, body))
+    def start(body: str, grace_mins: float = 10.0) -> Pair:
+        started.append(Pair(tmp_path, body, grace_mins))
         return started[-1]
 
     yield start
@@ -95,7 +96,7 @@ def are_gone(pids: list[int], seconds: float = 15) -> bool:
     return False
 
 
-def test_a_rank_of_the_other_host_fails_first(pair: Callable[[str], Pair]) -> None:
+def test_a_rank_of_the_other_host_fails_first(pair: Callable[..., Pair]) -> None:
     one = pair(
         "print('out', rank)\nif rank == 3:\n    print('broken disk', file=sys.stderr); sys.exit(7)\ntime.sleep(60)"
     )
@@ -110,24 +111,40 @@ def test_a_rank_of_the_other_host_fails_first(pair: Callable[[str], Pair]) -> No
     assert are_gone(one.pids(), 1)
 
 
-def test_signals_reach_the_ranks_of_both(pair: Callable[[str], Pair]) -> None:
-    one = pair(
-        "signal.signal(signal.SIGUSR1, lambda *_: sys.exit(138))\nprint('ready', file=sys.stderr)\ntime.sleep(60)"
-    )
-    pids = one.pids()
+READY = "print('ready', file=sys.stderr)\ntime.sleep(60)"
+
+
+def stop(one: Pair, number: int) -> None:
+    """Ask the run to stop, as the front does, once all four ranks are ready."""
     stderr = one.nodes[0].stderr
     assert stderr is not None
     ready = 0
     while ready < 4:
         ready += "ready" in stderr.readline()
-    channel = connect("127.0.0.1", one.job.ports, "t", {"signal": int(signal.SIGUSR1), "host": "h"}, 10)
+    channel = connect("127.0.0.1", one.job.ports, "t", {"signal": number, "host": "h"}, 10)
     assert channel is not None
     channel.close()
+
+
+def test_signals_reach_the_ranks_of_both(pair: Callable[..., Pair]) -> None:
+    one = pair("signal.signal(signal.SIGUSR1, lambda *_: sys.exit(138))\n" + READY)
+    pids = one.pids()
+    stop(one, signal.SIGUSR1)
     assert one.end()[0] == "138"
     assert are_gone(pids, 1)
 
 
-def test_the_other_host_dies(pair: Callable[[str], Pair]) -> None:
+def test_the_time_to_leave_is_limited_on_both(pair: Callable[..., Pair]) -> None:
+    one = pair("signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + READY, 0.005)
+    pids = one.pids()
+    stop(one, signal.SIGTERM)
+    code, err = one.end()
+    assert code == "143"
+    assert "SIGTERM was 0.005 minutes ago (exit_grace_in_mins)" in err
+    assert are_gone(pids, 1)
+
+
+def test_the_other_host_dies(pair: Callable[..., Pair]) -> None:
     one = pair("time.sleep(60)")
     pids = one.pids()
     one.nodes[1].kill()
@@ -137,7 +154,7 @@ def test_the_other_host_dies(pair: Callable[[str], Pair]) -> None:
     assert are_gone(pids)
 
 
-def test_the_first_host_dies(pair: Callable[[str], Pair]) -> None:
+def test_the_first_host_dies(pair: Callable[..., Pair]) -> None:
     one = pair("time.sleep(60)")
     pids = one.pids()
     one.nodes[0].kill()
@@ -146,7 +163,7 @@ def test_the_first_host_dies(pair: Callable[[str], Pair]) -> None:
     assert are_gone(pids)
 
 
-def test_whoever_started_them_dies(pair: Callable[[str], Pair]) -> None:
+def test_whoever_started_them_dies(pair: Callable[..., Pair]) -> None:
     one = pair("signal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(60)")
     pids = one.pids()
     os.close(one.starter)
