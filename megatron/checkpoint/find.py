@@ -10,7 +10,6 @@ newest. Where neither names a complete one, the most recently written complete o
 
 from __future__ import annotations
 
-import contextlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +89,8 @@ def candidates(root: str | Location, step: int | None = None) -> list[Checkpoint
             )
         what = "does not exist" if not root.exists() else "holds no checkpoint (no global_step* folder)"
         raise CheckpointError(f"{root} {what}. Train and save one there first, or point to the folder that holds one.")
-    latest, publishing = _pointed(root, LATEST), _pointed(root, PUBLISHING)
+    (latest, problem), (publishing, _) = _pointed(root, LATEST), _pointed(root, PUBLISHING)
+    youngest = found[0]
     found.sort(key=lambda checkpoint: latest is None or f"global_step{checkpoint.step}" != latest)
     # Not a `.replaced` folder of that step: the new one it made way for never arrived. Nor, on object storage, the
     # manifest of another attempt at it.
@@ -98,6 +98,10 @@ def candidates(root: str | Location, step: int | None = None) -> list[Checkpoint
     if latest is not None and latest not in [f"global_step{checkpoint.step}" for checkpoint in found]:
         notes.append(f"{root / LATEST} names step {latest.removeprefix('global_step')}, which is not complete")
     first = found[0]
+    if problem:
+        notes.append(problem)
+    elif latest == f"global_step{first.step}" and first is not youngest:
+        notes.append(f"{youngest.folder} was written later than what {root / LATEST} names")
     return [CheckpointPath(first.folder, first.step, first.manifest, tuple(notes)), *found[1:]]
 
 
@@ -109,8 +113,16 @@ def find(root: str | Location, step: int | None = None) -> CheckpointPath:
     return candidates(root, step)[0]
 
 
-def _pointed(root: Location, pointer: str) -> str | None:
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        match = _POINTER.fullmatch((root / pointer).read_text().strip())
-        return match.group() if match else None
-    return None
+def _pointed(root: Location, pointer: str) -> tuple[str | None, str]:
+    """(what the file names, None without it or where it names nothing; in words why it names nothing)."""
+    path = root / pointer
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None, ""
+    except OSError as error:
+        return None, f"{path} cannot be read: {error.strerror}"
+    match = _POINTER.fullmatch(data.decode(errors="replace").strip())
+    if match is None:
+        return None, f"{path} is damaged: it names no checkpoint ({data[:40]!r})"
+    return match.group(), ""

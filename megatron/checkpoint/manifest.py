@@ -73,7 +73,9 @@ def load(folder: Location) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     first = _FIRST_LINE.match(data)
-    if first is None or int(first.group(1), 16) != zlib.crc32(data[first.end() :]):
+    if first is None:
+        raise CheckpointError(f"{path} is damaged or another program's: it does not begin with a checksum")
+    if int(first.group(1), 16) != zlib.crc32(data[first.end() :]):
         raise CheckpointError(f"{path} is damaged: its checksum does not fit its content")
     manifest: dict[str, Any] = json.loads(data)
     if manifest["format_version"] > FORMAT_VERSION:

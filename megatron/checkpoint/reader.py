@@ -28,6 +28,8 @@ from megatron.parallel.sharding import ShardSpec
 
 # Verified in portions, so that a large tensor on object storage need not fit into memory.
 _PORTION_BYTES = 1 << 26
+# Gives all processes the texts of all, and lets none pass before all have come.
+Share = Callable[[str], list[str]]
 
 
 class Reader:
@@ -256,48 +258,56 @@ def open_checkpoint(
     kinds: Collection[str] | None = None,
     part: int = 0,
     parts: int = 1,
-    agree: Callable[[bool], bool] = lambda ok: ok,
+    share: Share = lambda text: [text],
     report: Callable[[str], None] = lambda note: print(note, file=sys.stderr),
 ) -> Reader:
     """The newest checkpoint under `root` whose checksums hold, or exactly the one of `step`.
 
     A damaged one is passed over for the one before it, and `report` says so; a damaged one of `step` is an error.
-    kinds: verify only what will be read (generation needs "weight"). part, parts, agree: processes that open the same
-    folder together share the verification and come to the same choice; `agree` as in `save`.
+    kinds: verify only what will be read (generation needs "weight"). part, parts, share: processes that open the same
+    folder together share the verification and come to the same choice; `share` as in `save`. All of them report alike.
     Raises: CheckpointError if nothing can be loaded, with the reason for each.
     """
-    found: list[CheckpointPath] = []
-    problem: CheckpointError | None = None
-    try:
-        found = candidates(root, step)
-    except CheckpointError as error:
-        problem = error
-    if not agree(problem is None):
-        raise problem or CheckpointError(f"another rank cannot see the checkpoints in {root}: use shared storage")
-    seen = json.dumps([(checkpoint.folder.name, checkpoint.manifest["created_ns"]) for checkpoint in found])
-    if not _is_same(zlib.crc32(seen.encode()), agree):
-        raise CheckpointError(f"the ranks see different checkpoints in {root}; this rank: {seen}. Use shared storage.")
+    found = _seen_by_all(root, step, share)
     reasons = list(found[0].notes)
-    for candidate in found:
-        problem = None
+    for note in reasons:
+        report(f"warning: {note}")
+    for number, candidate in enumerate(found):
+        problem = ""
         try:
             reader = Reader(candidate)
             reader.verify(kinds, part, parts)
         except CheckpointError as error:
-            problem = error
-        if agree(problem is None):
-            for note in reasons:
-                report(f"warning: {note}; loading {candidate.folder} instead")
+            problem = str(error)
+        problems = list(dict.fromkeys(filter(None, share(problem))))
+        if not problems:
+            if reasons:
+                report(f"warning: loading {candidate.folder} instead")
             return reader
-        reasons.append(str(problem) if problem else f"{candidate.folder} is damaged, see another rank's message")
-        if problem is not None:
-            report(f"warning: {problem}")
+        reasons += problems
+        if number + 1 < len(found):
+            for problem in problems:
+                report(f"warning: {problem}")
+    if step is not None:
+        raise CheckpointError("; ".join(reasons) + ". Leave iteration out to load the newest one that is whole.")
     raise CheckpointError(f"{root} holds no undamaged checkpoint:\n  " + "\n  ".join(reasons))
 
 
-def _is_same(number: int, agree: Callable[[bool], bool]) -> bool:
-    """Whether all ranks hold the same 32-bit number, asked bit by bit: each is 1 for all or 0 for all."""
-    bits = [bool(number >> place & 1) for place in range(32)]
-    # Every rank asks all 64 questions, whatever the answers: they are collective.
-    answers = [(agree(bit), agree(not bit)) for bit in bits]
-    return all(is_one or is_zero for is_one, is_zero in answers)
+def _seen_by_all(root: str | Location, step: int | None, share: Share) -> list[CheckpointPath]:
+    found: list[CheckpointPath] = []
+    problem = ""
+    try:
+        found = candidates(root, step)
+    except CheckpointError as error:
+        problem = str(error)
+    seen = ", ".join(f"{one.folder.name} of {one.manifest['created']}" for one in found)
+    written = [one.manifest["created_ns"] for one in found]
+    told = [json.loads(text) for text in share(json.dumps([seen, written, problem]))]
+    if all(one == told[0] for one in told):
+        if problem:
+            raise CheckpointError(problem)
+        return found
+    lines = [f"rank {rank}: {problem or seen}" for rank, (seen, _, problem) in enumerate(told)]
+    raise CheckpointError(
+        f"the ranks see different checkpoints in {root}; it must be on shared storage:\n  " + "\n  ".join(lines[:8])
+    )

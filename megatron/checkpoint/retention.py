@@ -6,15 +6,13 @@ Invariant: after pruning at least two checkpoints are left whose checksums were 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from megatron.checkpoint.find import CheckpointPath, complete
 from megatron.checkpoint.publish import Publication
-from megatron.checkpoint.reader import Reader
+from megatron.checkpoint.reader import Reader, Share
 from megatron.common.errors import CheckpointError
-
-Share = Callable[[str], list[str]]
 
 
 @dataclass(frozen=True)
@@ -22,19 +20,26 @@ class Retention:
     """Which older checkpoints stay.
 
     keep_last_n: how many of the most recently written stay (keep_last_n_checkpoints); None keeps all. Never fewer
-    than two
-        stay, so that a damaged newest one does not end a run.
+    than two stay, so that a damaged newest one does not end a run.
     keep_steps: steps that stay for ever (extra_save_iters).
     keep_every: multiples of this step stay for ever (keep_checkpoint_every).
+    keep_before, num_before: of the steps below the first, so many of the highest stay for now: a run that has met bad
+    steps may have to go back behind them.
     """
 
     keep_last_n: int | None = None
     keep_steps: Collection[int] = ()
     keep_every: int | None = None
+    keep_before: int | None = None
+    num_before: int = 1
 
-    def is_permanent(self, step: int) -> bool:
-        """Whether pruning must leave the step alone."""
-        return step in self.keep_steps or (bool(self.keep_every) and step % (self.keep_every or 1) == 0)
+    def stay(self, steps: Iterable[int]) -> set[int]:
+        """Which of these steps pruning must leave alone, however old they are."""
+        steps = sorted(steps, reverse=True)
+        kept = {step for step in steps if step in self.keep_steps or (self.keep_every and step % self.keep_every == 0)}
+        if self.keep_before is not None:
+            kept |= set([step for step in steps if step < self.keep_before][: self.num_before])
+        return kept
 
 
 class Verified:
@@ -94,11 +99,12 @@ def _plan(place: Publication, retention: Retention, verified: Verified) -> tuple
     found = complete(place.root)[0]
     found.sort(key=lambda checkpoint: checkpoint.folder != place.folder)
     wanted, kept = max(retention.keep_last_n, 2), 0
-    if all(retention.is_permanent(checkpoint.step) for checkpoint in found[wanted:]):
+    stay = retention.stay(one.step for one in found if not verified.problem(one))
+    if all(checkpoint.step in stay for checkpoint in found[wanted:]):
         return "", []
     for number, checkpoint in enumerate(found):
         if kept == wanted:
-            removable = [one for one in found[number:] if not retention.is_permanent(one.step)]
+            removable = [one for one in found[number:] if one.step not in stay]
             return "", [one for one in removable if not verified.problem(one)]
         # Beyond the two that must be known to be whole, those that are kept need not be read.
         if kept < 2 and verified.problem(checkpoint) is None:

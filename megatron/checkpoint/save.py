@@ -29,7 +29,8 @@ from megatron.checkpoint.location import Location, RemotePath, location
 from megatron.checkpoint.object_storage import ObjectStorage
 from megatron.checkpoint.piece import Piece, encode, index_entries
 from megatron.checkpoint.publish import Publication, publication
-from megatron.checkpoint.retention import Retention, Share, Verified, prune
+from megatron.checkpoint.reader import Share
+from megatron.checkpoint.retention import Retention, Verified, prune
 from megatron.checkpoint.storage import Storage, explain, size
 from megatron.common.errors import CheckpointError
 

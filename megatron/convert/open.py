@@ -13,6 +13,7 @@ from pathlib import Path
 from megatron.checkpoint import Location, find, location, open_checkpoint
 from megatron.checkpoint.find import step_folders
 from megatron.checkpoint.manifest import MANIFEST
+from megatron.checkpoint.reader import Share
 from megatron.common.errors import CheckpointError
 from megatron.convert.family import FREE_FIELDS
 from megatron.convert.foreign import AnyReader, ForeignReader
@@ -77,7 +78,7 @@ def open_weights(
     grouped: GroupedLayout | None = None,
     part: int = 0,
     parts: int = 1,
-    agree: Callable[[bool], bool] = lambda ok: ok,
+    share: Share = lambda text: [text],
     report: Callable[[str], None] = lambda note: print(note, file=sys.stderr),
 ) -> AnyReader:
     """As `megatron.checkpoint.open_checkpoint`, for foreign folders too.
@@ -87,17 +88,17 @@ def open_weights(
     Raises: CheckpointError on every rank, as above, or if a foreign folder has no `spec` or does not fit it.
     """
     folder = foreign_folder(root, step)
-    if not agree(folder is None) and folder is None:
-        raise CheckpointError(f"other ranks see another folder in {root}: use shared storage")
+    if len(set(share(str(folder)))) > 1:
+        raise CheckpointError(f"the ranks see different folders in {root}: use shared storage")
     if folder is None:
-        return open_checkpoint(root, step, kinds=kinds, part=part, parts=parts, agree=agree, report=report)
-    reader, problem = None, None
+        return open_checkpoint(root, step, kinds=kinds, part=part, parts=parts, share=share, report=report)
+    problem = ""
     try:
         reader = _open_foreign(folder, spec, grouped)
         reader.verify(kinds, part, parts)
     except CheckpointError as error:
-        problem = error
-    if not agree(problem is None) or reader is None:
-        raise problem or CheckpointError(f"{folder} cannot be read, see another rank's message")
+        problem = str(error)
+    if problems := list(dict.fromkeys(filter(None, share(problem)))):
+        raise CheckpointError("\n".join(problems))
     report(f"{folder} is a {reader.what}: its weights are read as the configured model{reader.note}")
     return reader

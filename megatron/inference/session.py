@@ -38,13 +38,12 @@ class Ranks:
         if self.groups.is_main:
             print(line, flush=True)
 
-    def agree(self, ok: bool) -> bool:
-        """Whether all ranks are well. Collective."""
-        if self.groups.topology.world_size == 1:
-            return ok
-        verdict = torch.tensor(int(ok), device=self.device)
-        dist.all_reduce(verdict, op=dist.ReduceOp.MIN)
-        return bool(verdict.item())
+    def share(self, text: str) -> list[str]:
+        """The texts of all ranks. Collective."""
+        texts = [text] * self.groups.topology.world_size
+        if len(texts) > 1:
+            dist.all_gather_object(texts, text)
+        return texts
 
 
 def join_ranks(tp_size: int) -> Ranks:
@@ -100,7 +99,7 @@ def load_trained(
         grouped=grouped,
         part=ranks.groups.global_rank,
         parts=ranks.groups.topology.world_size,
-        agree=ranks.agree,
+        share=ranks.share,
         report=ranks.say,
     )
     trained_with = reader.state.get("facts", {}).get("tokenizer", tokenizer.fingerprint)

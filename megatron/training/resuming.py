@@ -23,7 +23,7 @@ from megatron.model.lora import is_update
 from megatron.model.spec import ModelSpec
 from megatron.optim.schedule import LearningRateSchedule
 from megatron.training.forward_check import check_forward
-from megatron.training.saving import Position, agree
+from megatron.training.saving import Position, share
 
 Report = Callable[[str], None]
 
@@ -92,7 +92,7 @@ def open_run(engine: TrainEngine, options: LoadOptions, report: Report) -> AnyRe
         grouped=options.grouped,
         part=engine.groups.global_rank,
         parts=engine.groups.topology.world_size,
-        agree=lambda ok: agree(ok, engine.device),
+        share=share,
         report=report,
     )
     if isinstance(reader, ForeignReader) and not options.weights_only:

@@ -8,7 +8,7 @@ Invariant: position in the data is the number of consumed samples, so it does no
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -103,8 +103,18 @@ def contents(engine: TrainEngine, position: Position, options: SaveOptions) -> d
         "used_rows": dict.fromkeys(vocabulary_parameters(spec), spec.vocab_size),
         # A stage that gives nothing for one of its tensors would else leave a checkpoint that looks whole.
         "expected_names": parameter_names(spec),
-        "retention": options.retention,
+        "retention": _keeping_the_way_back(options.retention, position),
     }
+
+
+def _keeping_the_way_back(retention: Retention, position: Position) -> Retention:
+    """Spare the checkpoint that a roll-back would go to while there are bad steps that could lead to one."""
+    bad_steps = position.anomalies.get("bad_steps")
+    if not bad_steps:
+        return retention
+    # The same choice as that of megatron.training.reliability.recovery.
+    further_back = position.anomalies.get("recent_rollbacks", 0)
+    return replace(retention, keep_before=bad_steps[0], num_before=1 + further_back)
 
 
 def save_run(

@@ -60,6 +60,18 @@ def test_a_run_rolls_back_and_passes_over_the_bad_data(ranks: Ranks, tmp_path: P
     assert _equal(tmp_path / "run", 10, tmp_path / "oracle", 10)
 
 
+def test_where_a_roll_back_goes_to_is_not_removed_meanwhile(ranks: Ranks, tmp_path: Path) -> None:
+    """Saved after every step, two are kept: those of the bad steps 5 and 6 would have taken the place of step 4."""
+    frequent = {**SETTINGS, "checkpoint_factor": 1}
+    ranks(run_over, 1, str(write_config(tmp_path, "all", **frequent)), BAD, timeout=120)
+    path = write_config(tmp_path, **frequent, keep_last_n_checkpoints=1)
+    (result,) = ranks(run_over, 1, str(path), BAD, timeout=120)
+    assert (result["code"], result["rollbacks"]) == (0, 1)
+    assert any("rolled back to step 4;" in said for said in result["said"])
+    assert sorted(path.name for path in (tmp_path / "run").glob("global_step*")) == ["global_step10", "global_step9"]
+    assert _equal(tmp_path / "run", 10, tmp_path / "all", 10)
+
+
 def test_a_run_that_cannot_get_past_stops_with_a_checkpoint_from_before(ranks: Ranks, tmp_path: Path) -> None:
     path = write_config(tmp_path, **SETTINGS, anomaly_skip_data=False)
     first, second = ranks(run_over, 2, str(path), BAD, timeout=120)

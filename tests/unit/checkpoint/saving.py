@@ -78,11 +78,6 @@ def together(world_size: int, work: Callable[[int, Callable[[str], list[str]]], 
         return list(pool.map(one, range(world_size)))
 
 
-def agreeing(share: Callable[[str], list[str]]) -> Callable[[bool], bool]:
-    """`agree` made of `share`."""
-    return lambda ok: all(text == "True" for text in share(str(ok)))
-
-
 def save_with_threads(root: str | Path, step: int, dealt: list[list[Piece]], **arguments: Any) -> list[Any]:
     """Save with one thread per rank; each one's result, or the exception it raised."""
 

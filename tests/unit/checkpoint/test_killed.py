@@ -128,4 +128,6 @@ def test_killed_after_every_operation(tmp_path: Path, start: Path, step: int) ->
 def test_a_rollback_by_hand_is_followed(start: Path) -> None:
     assert loaded(start) == (15, 3.0)
     (start / "latest").write_text("global_step20")
-    assert loaded(start) == (20, 2.0)
+    notes: list[str] = []
+    assert open_checkpoint(start, report=notes.append).step == 20
+    assert "global_step15 was written later" in notes[0]

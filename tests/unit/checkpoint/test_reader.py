@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from megatron.checkpoint import Piece, Reader, find, open_checkpoint, save
 from megatron.common.errors import CheckpointError
 from megatron.parallel.sharding import ShardSpec
-from tests.unit.checkpoint.saving import SPECS, agreeing, cut, random_tensors, save_with_threads, together
+from tests.unit.checkpoint.saving import SPECS, cut, random_tensors, save_with_threads, together
 
 
 @pytest.fixture
@@ -86,7 +87,7 @@ def test_a_foreign_folder_and_one_without_files_are_passed_over(root: Path) -> N
 
 
 def test_every_process_comes_to_the_same_choice(root: Path) -> None:
-    """Only one of the parts meets the damage; all pass the checkpoint over."""
+    """Only one of the parts meets the damage; all pass the checkpoint over, and all can say why."""
     path = root / "global_step2" / "rank_00001.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
@@ -96,23 +97,25 @@ def test_every_process_comes_to_the_same_choice(root: Path) -> None:
             Reader(path.parent).verify(part=part, parts=3)
         except CheckpointError:
             failing.append(part)
-    assert failing
-    for outcome in together(
-        3, lambda part, share: open_checkpoint(root, part=part, parts=3, agree=agreeing(share), report=str)
-    ):
-        assert outcome.step == 1
+    assert len(failing) == 1
+
+    def opened(part: int, share: Callable[[str], list[str]]) -> tuple[int, list[str]]:
+        notes: list[str] = []
+        return open_checkpoint(root, part=part, parts=3, share=share, report=notes.append).step, notes
+
+    outcomes = together(3, opened)
+    assert outcomes[0][0] == 1
+    assert f"{path}" in outcomes[0][1][0]
+    assert outcomes == [outcomes[0]] * 3
 
 
 def test_processes_that_see_different_checkpoints_say_so(root: Path, tmp_path: Path) -> None:
     shutil.copytree(root / "global_step1", tmp_path / "other" / "global_step1")
-    for outcome in together(
-        2, lambda part, share: open_checkpoint([root, tmp_path / "other"][part], agree=agreeing(share))
-    ):
-        assert "the ranks see different checkpoints" in str(outcome)
-    for outcome in together(
-        2, lambda part, share: open_checkpoint([root, tmp_path / "none"][part], agree=agreeing(share))
-    ):
-        assert "another rank cannot see" in str(outcome) or "does not exist" in str(outcome)
+    for name, sight in (("other", "global_step1 of"), ("none", f"{tmp_path / 'none'} does not exist")):
+        for outcome in together(2, lambda part, share: open_checkpoint([root, tmp_path / name][part], share=share)):  # noqa: B023
+            assert "the ranks see different checkpoints" in str(outcome)
+            assert "rank 0: global_step2 of" in str(outcome)
+            assert f"rank 1: {sight}" in str(outcome)
 
 
 def test_nothing_to_load_says_why(root: Path, tmp_path: Path) -> None:
@@ -133,9 +136,26 @@ def test_a_step_or_a_folder_can_be_asked_for(root: Path) -> None:
     assert find(root / "global_step1").step == 1
     with pytest.raises(CheckpointError, match=r"no checkpoint of step 3; those there: 1, 2"):
         find(root, 3)
-    (root / "latest").write_text("global_step99")
-    assert find(root).step == 2
-    assert "step 99" in find(root).notes[0]
+    assert find(root).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("content", "step", "told"),
+    [
+        (b"global_step99", 2, "names step 99, which is not complete"),
+        (b"global_stepR", 2, "latest is damaged: it names no checkpoint (b'global_stepR')"),
+        (b"\xe7lobal_step2", 2, "latest is damaged: it names no checkpoint"),
+        (b"", 2, "latest is damaged"),
+        # A bit can make one digit of another, and people move it too.
+        (b"global_step1", 1, "global_step2 was written later than what"),
+    ],
+)
+def test_a_pointer_that_is_damaged_or_moved_is_said(root: Path, content: bytes, step: int, told: str) -> None:
+    (root / "latest").write_bytes(content)
+    notes: list[str] = []
+    assert open_checkpoint(root, report=notes.append).step == step
+    assert told in notes[0]
+    assert notes[1:] == [f"warning: loading {root / f'global_step{step}'} instead"]
 
 
 def test_a_newer_format_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

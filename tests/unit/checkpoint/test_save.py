@@ -126,6 +126,16 @@ def test_retention(tmp_path: Path) -> None:
     assert steps(tmp_path) == [2, 4, 8, 9, 10]
 
 
+def test_where_a_run_may_have_to_go_back_to_stays(tmp_path: Path) -> None:
+    """Bad steps from 5 on: 4 stays while they count (3 as well, if 4 has not helped before), and no longer."""
+    for step in range(1, 9):
+        before = {5: (5, 1), 6: (5, 1), 7: (5, 2)}.get(step, (None, 1))
+        save(tmp_path, step, [piece(step)], {}, retention=Retention(2, keep_before=before[0], num_before=before[1]))
+        assert steps(tmp_path) == {5: [4, 5], 6: [4, 5, 6], 7: [4, 6, 7], 8: [7, 8]}.get(step, steps(tmp_path))
+    assert Retention(keep_before=5, num_before=2).stay(range(1, 9)) == {3, 4}
+    assert Retention(keep_before=1).stay(range(1, 9)) == set()
+
+
 def test_two_always_stay(tmp_path: Path) -> None:
     for step in range(5):
         save(tmp_path, step, [piece()], {}, retention=Retention(keep_last_n=1))
