@@ -65,8 +65,6 @@ NO_EFFECT: dict[str, tuple[Any, str]] = {
     "loss_scale": (None, _LOSS_SCALE),
     "loss_scale_window": (1000.0, _LOSS_SCALE),
     "min_scale": (1.0, _LOSS_SCALE),
-    "mup_attn_temp": (1.0, _DEAD),
-    "mup_output_temp": (1.0, _DEAD),
     "no_save_optim": (False, _DEAD),
     "short_seq_prob": (0.1, _DEAD),
     "moe_lbl_in_fp32": (False, _DEAD),

@@ -13,7 +13,9 @@ from pydantic import ValidationError
 from megatron.config.draft import Draft
 from megatron.config.schema.width import BaseShapes
 
-_MULTIPLIERS = ("mup_init_scale", "mup_embedding_mult", "mup_rp_embedding_mult")
+_MULTIPLIERS = ("mup_init_scale", "mup_attn_temp", "mup_output_temp", "mup_embedding_mult", "mup_rp_embedding_mult")
+# Whose updates have the size that the learning rate gives them (Lion's as Adam's), or that of the gradient.
+UPDATE_RULES = ("adam", "lion", "sgd")
 # Those whose initial values have one deviation, which can be that of another width.
 _PLAIN_INIT = ("normal", "scaled_normal", "single_residual_scaled_normal", "small_init", "wang_init")
 
@@ -21,7 +23,9 @@ _PLAIN_INIT = ("normal", "scaled_normal", "single_residual_scaled_normal", "smal
 def derive_base_shapes(draft: Draft) -> None:
     """`mup_base_shapes`, out of `base_shapes_file`."""
     file = draft["base_shapes_file"]
-    if not draft["use_mup"] or draft["save_base_shapes"] or file is None or draft["mup_base_shapes"] is not None:
+    # Generation and evaluation have them from the checkpoint: the file may be long gone.
+    is_needed = draft["use_mup"] and not draft["save_base_shapes"] and not draft.inference
+    if not is_needed or file is None or draft["mup_base_shapes"] is not None:
         return
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
@@ -71,19 +75,20 @@ def check_width_keys(draft: Draft) -> None:
 
 def check_width_training(draft: Draft) -> None:
     """Rules of update and initialisation for which the scaling is known."""
-    if not draft["use_mup"] or draft.inference:
+    name = next((name for name in ("use_mup", "coord_check") if draft[name]), None)
+    if name is None or draft["save_base_shapes"] or draft.inference:
         return
-    if draft["optimizer_type"] not in ("adam", "sgd"):
+    if draft["optimizer_type"] not in UPDATE_RULES:
         draft.problem(
             "optimizer.type",
-            f"optimizer.type = {draft['optimizer_type']} has no rule of learning rates under use_mup "
-            f"({draft.place('use_mup')}). Use Adam or SGD.",
+            f"optimizer.type = {draft['optimizer_type']} has no rule of learning rates under muP "
+            f"({name}, {draft.place(name)}). Use Adam, Lion or SGD.",
         )
-    for name in ("init_method", "output_layer_init_method"):
-        if draft[name] not in _PLAIN_INIT:
+    for method in ("init_method", "output_layer_init_method"):
+        if draft[method] not in _PLAIN_INIT:
             draft.problem(
-                name,
-                f"{name} = {draft[name]} does not scale with the width as use_mup ({draft.place('use_mup')}) needs. "
+                method,
+                f"{method} = {draft[method]} does not scale with the width as muP ({name}, {draft.place(name)}) needs. "
                 f"Use one of {', '.join(_PLAIN_INIT)}.",
             )
 

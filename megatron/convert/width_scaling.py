@@ -31,20 +31,22 @@ def folded(reader: AnyReader) -> AnyReader:
             f"{reader.folder}: mup_rp_embedding_mult = {spec.position_scale:g} multiplies sinusoidal positions, which "
             "are no weights: no other format can express this model."
         )
-    is_parted = spec.tied_head and spec.output_scale != spec.mup.embedding_mult
-    plain = dataclasses.replace(spec, mup=None, tied_head=spec.tied_head and not is_parted)
+    # The plain keys know one scale of the embeddings besides none.
+    usual_scale = 1.0 if spec.embedding_scale == 1.0 else math.sqrt(spec.hidden_size)
+    input_factor = spec.input_scale / usual_scale
+    is_parted = spec.tied_head and spec.output_scale != input_factor
+    plain = dataclasses.replace(spec, mup=None, embedding_scale=usual_scale, tied_head=spec.tied_head and not is_parted)
 
     def get(name: str) -> torch.Tensor:
         stored = reader.read(f"{WORD_EMBEDDING}.weight" if is_parted and name == f"{HEAD}.weight" else name)
-        return _multiplied(name, stored.float(), spec).to(stored.dtype)
+        return _multiplied(name, stored.float(), spec, input_factor).to(stored.dtype)
 
     result = ForeignReader(reader.folder, plain, get, what="checkpoint without its multipliers", step=reader.step)
     result.state = {**reader.state, "model_spec": result.state["model_spec"]}
     return result
 
 
-def _multiplied(name: str, weight: torch.Tensor, spec: ModelSpec) -> torch.Tensor:
-    assert spec.mup is not None
+def _multiplied(name: str, weight: torch.Tensor, spec: ModelSpec, input_factor: float) -> torch.Tensor:
     assert spec.attention_scale is not None
     queries = spec.attention_scale * math.sqrt(spec.head_dim)
     module, _, own = name.rpartition(".")
@@ -60,7 +62,7 @@ def _multiplied(name: str, weight: torch.Tensor, spec: ModelSpec) -> torch.Tenso
             rows[:, 0] *= queries
             return rows.view(weight.shape)
     if name == f"{WORD_EMBEDDING}.weight":
-        return weight * spec.mup.embedding_mult
+        return weight * input_factor
     if name == f"{POSITION_EMBEDDING}.weight":
         return weight * spec.position_scale
     if name == f"{HEAD}.weight":

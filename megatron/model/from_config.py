@@ -16,7 +16,7 @@ _TANH = {"gelu": "gelu_tanh", "geglu": "geglu_tanh"}
 
 def model_spec(config: Config) -> ModelSpec:
     """Read the architecture keys. All rules between them were checked when the config was loaded."""
-    model, tokenizer = config.model, config.tokenizer
+    model, tokenizer, mup = config.model, config.tokenizer, width_scaling(config)
     residual: Residual = "sequential"
     if model.gpt_j_residual:
         residual = "parallel_tied" if model.gpt_j_tied else "parallel"
@@ -63,9 +63,9 @@ def model_spec(config: Config) -> ModelSpec:
         window=model.sliding_window_width,
         window_layers=None if model.sliding_window_layers is None else tuple(sorted(model.sliding_window_layers)),
         lora=low_rank(config),
-        mup=width_scaling(config),
+        mup=mup,
         init_scale=config.width.mup_init_scale,
-        embedding_scale=math.sqrt(model.hidden_size) if model.scale_embeddings else 1.0,
+        embedding_scale=math.sqrt(mup.hidden_size if mup else model.hidden_size) if model.scale_embeddings else 1.0,
         attention_dropout=model.attention_dropout,
         hidden_dropout=model.hidden_dropout,
         init_method=model.init_method,
@@ -94,7 +94,7 @@ def low_rank(config: Config) -> LowRank | None:
 
 
 def width_scaling(config: Config) -> WidthScaling | None:
-    """The base model's widths, and the multipliers of the embeddings."""
+    """The base model's widths, and the multipliers."""
     width, base = config.width, config.width.mup_base_shapes
     if not width.use_mup or base is None:
         return None
@@ -106,6 +106,8 @@ def width_scaling(config: Config) -> WidthScaling | None:
         head_dim=base.head_dim,
         embedding_mult=width.mup_embedding_mult,
         position_mult=width.mup_rp_embedding_mult,
+        attention_temp=width.mup_attn_temp,
+        output_temp=width.mup_output_temp,
     )
 
 

@@ -60,7 +60,8 @@ class WidthScaling:
     Source: Yang et al. 2022, arXiv 2203.03466, table 8: what grows with the width is a multiplier here; what it does
     to initial values and learning rates is `megatron.model.width_scaling`.
     hidden_size, ffn_size, num_heads, num_kv_heads, head_dim: of the base model. embedding_mult, position_mult: word
-    and position embeddings are multiplied with them.
+    and position embeddings are multiplied with them. attention_temp, output_temp: what goes into the softmax of
+    attention and that of the output is divided by them.
     """
 
     hidden_size: int
@@ -70,6 +71,8 @@ class WidthScaling:
     head_dim: int
     embedding_mult: float = 1.0
     position_mult: float = 1.0
+    attention_temp: float = 1.0
+    output_temp: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ class ModelSpec:
     task, num_labels: causal_lm predicts the next token; the others have a head of num_labels outputs of its own:
         for the last token of a sequence, for every token, or for the start and the end of an answer.
     lora: low-rank updates beside the weights, or None.
-    embedding_scale: what the word embeddings are multiplied with (scale_embeddings: sqrt(H); Gemma).
+    embedding_scale: what the word embeddings are multiplied with (scale_embeddings: sqrt(H), with mup the base's H).
     mup: multipliers of the widths over those of a base model, or None. init_scale: all matrices start that much larger.
     """
 
@@ -180,12 +183,12 @@ class ModelSpec:
     @property
     def attention_scale(self) -> float | None:
         """What scores are multiplied with; None: 1 / sqrt(D)."""
-        return 1.0 / self.head_dim if self.mup else None
+        return 1.0 / (self.head_dim * self.mup.attention_temp) if self.mup else None
 
     @property
     def output_scale(self) -> float:
         """What the normed hidden states are multiplied with before the head."""
-        return self.mup.hidden_size / self.hidden_size if self.mup else 1.0
+        return self.mup.hidden_size / self.hidden_size / self.mup.output_temp if self.mup else 1.0
 
     def layer_window(self, layer: int) -> int | None:
         """How many tokens before itself a token of this layer sees; None: all."""

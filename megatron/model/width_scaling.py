@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from typing import Literal
 
+from megatron.model.lora import is_update
 from megatron.model.spec import ModelSpec, WidthScaling
 
 UpdateRule = Literal["adam", "sgd"]
 
 
 def update_rule(optimizer: str) -> UpdateRule:
-    """The table's column for an optimizer's name."""
+    """The table's column for an optimizer: sgd, whose steps have the size of the gradient, or adam (also Lion)."""
     return "sgd" if optimizer.lower() == "sgd" else "adam"
 
 
@@ -32,25 +33,30 @@ def lr_factor(name: str, spec: ModelSpec, rule: UpdateRule) -> float:
     """What the learning rate of a parameter is multiplied with.
 
     adam: hidden matrices 1 / fan-in, all else 1. sgd: hidden matrices fan-out / fan-in; embeddings, norms and biases
-    fan-out; the head fan-in. Low-rank updates keep 1: their rank is no width.
+    fan-out; the head fan-in. Low-rank updates likewise, whose rank is no width.
     """
-    module, _, own = name.rpartition(".")
-    if spec.mup is None or own in ("a", "b"):
+    if spec.mup is None:
         return 1.0
     widths = _hidden_widths(name, spec)
     if rule == "adam":
         return 1.0 / widths[0] if widths else 1.0
     if widths:
         return widths[1] / widths[0]
+    module, _, own = name.rpartition(".")
     return _vector_width(module.rpartition(".")[2], own, spec, spec.mup)
 
 
 def _hidden_widths(name: str, spec: ModelSpec) -> tuple[float, float] | None:
     """(fan-in, fan-out) of a matrix between two layers' features, as ratios to the base model's; None: no such one."""
-    module, _, own = name.rpartition(".")
-    if spec.mup is None or own != "weight":
+    if spec.mup is None:
         return None
-    return _matrices(spec, spec.mup).get(module.rpartition(".")[2])
+    matrices = _matrices(spec, spec.mup)
+    if is_update(name):
+        layer, own = name.split(".")[-3], name[-1]
+        fan_in, fan_out = matrices[layer]
+        return (fan_in, 1.0) if own == "a" else (1.0, fan_out)
+    module, _, own = name.rpartition(".")
+    return matrices.get(module.rpartition(".")[2]) if own == "weight" else None
 
 
 def _matrices(spec: ModelSpec, base: WidthScaling) -> dict[str, tuple[float, float]]:

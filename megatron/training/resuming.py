@@ -44,6 +44,14 @@ _HEAD_FIELDS = ("task", "num_labels", "tied_head", "head_bias")
 # Names of one optimizer: their states are the same.
 _OPTIMIZER_FAMILIES = {"adamw": "adam", "cpu_adam": "adam", "cpu_torch_adam": "adam"}
 _SHOWN_CHARACTERS = 60
+# Keys of what a spec's muP holds besides the widths of mup_base_shapes.
+_WIDTH_KEYS = {
+    "num_heads": "mup_base_shapes.num_attention_heads",
+    "embedding_mult": "mup_embedding_mult",
+    "position_mult": "mup_rp_embedding_mult",
+    "attention_temp": "mup_attn_temp",
+    "output_temp": "mup_output_temp",
+}
 
 
 @dataclass(frozen=True)
@@ -255,10 +263,14 @@ def _check_model(reader: AnyReader, spec: ModelSpec, weights_only: bool) -> None
     if weights_only and saved.get("task") == "causal_lm":
         for name in _HEAD_FIELDS:
             mine[name] = saved.get(name)
+    theirs, ours = _by_width_key(saved), _by_width_key(mine)
+    if theirs["use_mup"] != ours["use_mup"]:
+        # That says it all.
+        theirs, ours = ({k: v for k, v in spec.items() if not k.startswith("mup_")} for spec in (theirs, ours))
     differing = [
-        f"{name}: checkpoint {saved.get(name)!r}, config {mine.get(name)!r}"
-        for name in sorted({*saved, *mine} - _FREE_FIELDS)
-        if saved.get(name) != mine.get(name)
+        f"{name}: checkpoint {theirs.get(name)!r}, config {ours.get(name)!r}"
+        for name in sorted({*theirs, *ours} - _FREE_FIELDS)
+        if theirs.get(name) != ours.get(name)
     ]
     if differing:
         raise CheckpointError(
@@ -266,6 +278,13 @@ def _check_model(reader: AnyReader, spec: ModelSpec, weights_only: bool) -> None
             + "\n  ".join(differing)
             + "\nUse the config it was trained with."
         )
+
+
+def _by_width_key(spec: dict[str, Any]) -> dict[str, Any]:
+    """A spec's fields with those of muP one by one, by the keys that set them."""
+    widths = spec.get("mup")
+    keys = {} if widths is None else {_WIDTH_KEYS.get(name, f"mup_base_shapes.{name}"): widths[name] for name in widths}
+    return {**{name: spec[name] for name in spec if name != "mup"}, "use_mup": widths is not None, **keys}
 
 
 def _readable(saved: dict[str, Any]) -> dict[str, Any]:

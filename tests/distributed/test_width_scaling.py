@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron.model.spec import WidthScaling
+from megatron.model.spec import LowRank, WidthScaling
+from tests.distributed import resume_matrix
 from tests.distributed.cells import BLOCKS, EPS
 from tests.distributed.differences import differences
 from tests.distributed.layout_cases import Case, tiny_spec, train_case
@@ -17,7 +20,11 @@ from tests.distributed.tolerances import FP32, excesses
 Ranks = Callable[..., list[Any]]
 
 # Every width by another ratio, so that a factor in the wrong place shows.
-MUP = WidthScaling(8, 10, num_heads=2, num_kv_heads=2, head_dim=4, embedding_mult=1.5, position_mult=0.5)
+MUP = WidthScaling(
+    8, 10, num_heads=2, num_kv_heads=2, head_dim=4,
+    embedding_mult=1.5, position_mult=0.5, attention_temp=0.8, output_temp=1.2,
+)  # fmt: skip
+UPDATES = LowRank(2, 4.0, ("dense", "linear1", "linear2", "query_key_value"))
 FIVE = {"steps": 5, "eps": EPS}
 
 CASES = {
@@ -26,6 +33,7 @@ CASES = {
     "tp2-sp": Case(tp=2, sequence_parallel=True, **FIVE, spec={"mup": MUP, **BLOCKS["sequential"]}),
     "tp4-shared-kv": Case(tp=4, **FIVE, spec={"mup": MUP, "num_kv_heads": 2, **BLOCKS["llama"]}),
     "tp2-pp2-tied": Case(tp=2, pp=2, **FIVE, spec={"mup": MUP, "tied_head": True}),
+    "tp2-pp2-lora": Case(tp=2, pp=2, **FIVE, spec={"mup": MUP, "lora": UPDATES}),
     # A stage without a block: its optimizer has the groups of the others all the same.
     "pp4-head-alone": Case(pp=4, dp=1, partition_method="parameters", **FIVE, spec={"mup": MUP, "num_layers": 2}),
 }
@@ -37,6 +45,15 @@ def test_equals_one_process(ranks: Ranks, name: str) -> None:
     results = ranks(train_case, case.world_size, case)
     expected = oracle_run(case)
     assert excesses(differences(results, expected), FP32) == []
+
+
+def test_layouts_continue_each_other(ranks: Ranks, tmp_path: Path) -> None:
+    """Groups of other rates hold other parameters at each layout; checkpoints know parameters alone."""
+    layouts = [resume_matrix.case(*sizes) for sizes in ((2, 1, 2, 2), (1, 2, 1, 1), (1, 1, 2, 3))]
+    ring = [replace(layout, spec={**layout.spec, "mup": MUP}) for layout in layouts]
+    outcomes = list(resume_matrix.run_ring(ranks, ring, tmp_path))
+    assert len(outcomes) == 3
+    assert [resume_matrix.row(outcome) for outcome in outcomes if not outcome.is_good] == []
 
 
 def test_the_factors_differ() -> None:

@@ -28,6 +28,8 @@ from tests.pool import RankFailure
 
 Ranks = Callable[..., list[Any]]
 
+BASE_SHAPES = {"hidden_size": 8, "ffn_size": 24, "num_attention_heads": 1, "num_kv_heads": 1, "head_dim": 8}
+MUP = {"use_mup": True, "mup_base_shapes": BASE_SHAPES, "mup_embedding_mult": 2.0}
 DROPOUT = {"hidden_dropout": 0.2, "attention_dropout": 0.1}
 
 
@@ -49,10 +51,11 @@ def assert_same_checkpoints(one: Path, other: Path) -> None:
         (1, {"optimizer": {"type": "Lion", "params": {"lr": 0.001, "betas": [0.9, 0.99]}}}),
         (2, {"optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}, **DROPOUT}),
         (2, {"precision": "fp16", "fp16": {"initial_scale_power": 18, "loss_scale_window": 2, "hysteresis": 1}}),
+        (2, {**MUP, "pipe_parallel_size": 2, **DROPOUT}),
         # Epochs of 7 samples: a step of 8 ends in the middle of one, every time.
         (1, {"split": "1,2,97", "num_workers": 0, **DROPOUT}),
     ],
-    ids=["lion", "sgd", "fp16-overflowing", "mid-epoch"],
+    ids=["lion", "sgd", "fp16-overflowing", "mup-stages", "mid-epoch"],
 )
 def test_every_state_of_every_optimizer_is_continued_bitwise(
     ranks: Ranks, tmp_path: Path, world_size: int, changes: dict[str, Any]
@@ -196,6 +199,7 @@ def test_other_facts_are_refused_with_the_difference(ranks: Ranks, tmp_path: Pat
         ({"norm": "rmsnorm"}, "norm: checkpoint 'layernorm', config 'rmsnorm'"),
         ({"rotary_emb_base": 500}, "rotary_base: checkpoint 10000, config 500.0"),
         ({"no_weight_tying": False}, "tied_head: checkpoint False, config True"),
+        (MUP, "use_mup: checkpoint False, config True\nUse the config"),
         ({"activation": "silu"}, "activation: checkpoint 'gelu', config 'silu'"),
     ):
         assert words in refusal(**changes)

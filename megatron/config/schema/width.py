@@ -43,8 +43,16 @@ class WidthSection(Section):
         "coord_check's widths grow by this factor. Upstream needs it to find out which dimensions are widths; here "
         "that is known by name.",
         ge=2,
+        le=16,
     )
     mup_init_scale: Float = key(1.0, "With use_mup: all matrices start that much larger.", gt=0)
+    mup_attn_temp: Float = key(
+        1.0,
+        "With use_mup: attention scores are divided by this as well as by the head dimension; 1 / sqrt(head_dim of the "
+        "base model) makes the base model's attention the usual one. Upstream never read it.",
+        gt=0,
+    )
+    mup_output_temp: Float = key(1.0, "With use_mup: logits are divided by this. Upstream never read it.", gt=0)
     mup_embedding_mult: Float = key(1.0, "With use_mup: word embeddings are multiplied with this.", gt=0)
     mup_rp_embedding_mult: Float = key(
         1.0, "With use_mup: learned or sinusoidal positions are multiplied with this.", gt=0
@@ -52,5 +60,5 @@ class WidthSection(Section):
 
     @property
     def ends_the_run(self) -> bool:
-        """Whether train.py does something else than to train, which needs no data."""
+        """Whether train.py does something else than to train, which needs no data and no vocabulary."""
         return self.save_base_shapes or self.coord_check

@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 
-from megatron.config import Config
+from megatron.config import Config, load
+from megatron.model.from_config import model_spec
+from tests.unit.config.conftest import TINY
 
 SHAPES = {"hidden_size": 24, "ffn_size": 96, "num_attention_heads": 6, "num_kv_heads": 6, "head_dim": 4}
+MADGRAD = {"type": "madgrad_wd", "params": {"lr": 1e-3}}
 ON: dict[str, Any] = {"use_mup": True, "mup_base_shapes": SHAPES}
 
 
@@ -24,8 +27,12 @@ ON: dict[str, Any] = {"use_mup": True, "mup_base_shapes": SHAPES}
         ({"save_base_shapes": True, "coord_check": True, "base_shapes_file": "x"}, "both end the run. Remove one"),
         ({"use_mup": True, "base_shapes_file": "nowhere.json"}, "base_shapes_file = nowhere.json is not there."),
         ({**ON, "base_shapes_file": "x.json"}, "are both set. Keep one of the two."),
-        ({**ON, "optimizer": {"type": "lion", "params": {"lr": 1e-3}}}, "has no rule of learning rates under use_mup"),
-        ({**ON, "init_method": "orthogonal"}, "init_method = orthogonal does not scale with the width as use_mup"),
+        ({"mup_attn_temp": 0.5}, "mup_attn_temp = 0.5 needs use_mup: true."),
+        ({**ON, "mup_output_temp": 0}, "mup_output_temp"),
+        ({**ON, "optimizer": MADGRAD}, "madgrad_wd has no rule of learning rates under muP (use_mup, "),
+        ({"coord_check": True, "optimizer": MADGRAD}, "under muP (coord_check, "),
+        ({**ON, "init_method": "orthogonal"}, "init_method = orthogonal does not scale with the width as muP"),
+        ({"mup_width_scale": 17}, "mup_width_scale"),
         ({"use_mup": True, "mup_base_shapes": {"hidden_size": 24}}, "mup_base_shapes"),
     ],
 )
@@ -49,3 +56,15 @@ def test_the_widths_travel_with_the_configuration(tiny: Callable[..., Config], t
     assert Config.read(tmp_path / "config.json").width.mup_base_shapes == config.width.mup_base_shapes
     assert config.width.mup_base_shapes == tiny(**ON).width.mup_base_shapes
     assert config.origin("mup_base_shapes") == "derived from base_shapes_file"
+
+
+def test_generation_needs_no_file() -> None:
+    """It has the widths from the checkpoint."""
+    keys = {**TINY, "use_mup": True, "base_shapes_file": "long gone.json"}
+    assert load([], keys, devices=1, inference=True).width.mup_base_shapes is None
+
+
+def test_scaled_embeddings_have_the_base_models_scale(tiny: Callable[..., Config]) -> None:
+    config = tiny(**ON, scale_embeddings=True)
+    assert model_spec(config).embedding_scale == 24**0.5
+    assert model_spec(tiny(scale_embeddings=True)).embedding_scale == config.model.hidden_size**0.5

@@ -17,12 +17,16 @@ from megatron.inference.load import load_model
 from megatron.model.spec import LowRank, WidthScaling
 from tests.unit.convert.small_models import save_model, small_model
 
-MUP = WidthScaling(18, 40, num_heads=2, num_kv_heads=2, head_dim=9, embedding_mult=1.7, position_mult=0.6)
+MUP = WidthScaling(
+    18, 40, num_heads=2, num_kv_heads=2, head_dim=9,
+    embedding_mult=1.7, position_mult=0.6, attention_temp=0.8, output_temp=0.9,
+)  # fmt: skip
 VARIANTS: dict[str, dict[str, Any]] = {
     "fused": {},
     "tied": {"tied_head": True},
     "grouped, normed": {"num_kv_heads": 2, "qk_norm": True, "norm": "rmsnorm", "norm_offset": True},
     "layernormed heads": {"qk_norm": True, "position": "learned", "tied_head": True},
+    "scaled embeddings, tied": {"embedding_scale": 18**0.5, "tied_head": True},
     "grouped, alibi, head bias": {"num_kv_heads": 2, "position": "alibi", "head_bias": True},
 }
 
@@ -33,6 +37,7 @@ def test_the_plain_model_computes_the_same(tmp_path: Path, changes: dict[str, An
     model = small_model(mup=MUP, **changes)
     plain = load_model(folded(save_model(tmp_path, model)))
     assert plain.spec.mup is None
+    assert plain.spec.embedding_scale in (1.0, 48**0.5), "no key gives another one"
     tokens = torch.randint(61, (2, 19), generator=torch.Generator().manual_seed(3))
     expected = model.logits(model(tokens))
     torch.testing.assert_close(plain.logits(plain(tokens)), expected, rtol=1e-4, atol=1e-4)

@@ -15,6 +15,7 @@ from megatron.inference.decode import DecodeSettings, PromptTooLongError, decode
 from megatron.inference.load import load_model
 from megatron.inference.sampling import Sampling
 from megatron.model.build import Transformer
+from megatron.model.spec import WidthScaling
 from megatron.parallel.process_groups import ProcessGroups
 from megatron.parallel.topology import Topology
 from tests.unit.convert.small_models import save_model, small_model
@@ -29,6 +30,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "alibi, grouped": {"position": "alibi", "rotary_dims": 0, "num_kv_heads": 2},
     "relative positions": {"position": "rpe", "rotary_dims": 0},
     "alibi, window": {"position": "alibi", "rotary_dims": 0, "window": 5},
+    "muP": {"mup": WidthScaling(12, 40, 2, 2, 6, embedding_mult=1.4, attention_temp=0.3, output_temp=0.2)},
     "window of one layer": {"window": 3, "window_layers": (1,), "num_kv_heads": 1},
     "gpt-j": {"rotary_interleaved": True, "head_bias": True, "residual": "parallel_tied", "qkv_bias": False},
     "qwen3": {"norm": "rmsnorm", "qk_norm": True, "head_dim": 8, "num_kv_heads": 2, "activation": "swiglu"},

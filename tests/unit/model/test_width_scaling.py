@@ -9,14 +9,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron.model.build import build_model
-from megatron.model.spec import ModelSpec, WidthScaling
+from megatron.model.build import build_model, parameter_names
+from megatron.model.lora import is_update
+from megatron.model.spec import LowRank, ModelSpec, WidthScaling
 from megatron.model.width_scaling import UpdateRule, lr_factor
 from megatron.optim.build import build_optimizer
 from megatron.optim.parameter_groups import parameter_groups
 
 H, N, D, F_, V, T = 24, 3, 8, 60, 31, 7
-BASE = WidthScaling(6, 20, num_heads=1, num_kv_heads=1, head_dim=4, embedding_mult=1.3, position_mult=0.6)
+BASE = WidthScaling(
+    6, 20, num_heads=1, num_kv_heads=1, head_dim=4,
+    embedding_mult=1.3, position_mult=0.6, attention_temp=0.7, output_temp=1.9,
+)  # fmt: skip
 SPEC = ModelSpec(
     num_layers=1, hidden_size=H, num_heads=N, num_kv_heads=N, ffn_size=F_, vocab_size=V, padded_vocab_size=V,
     max_positions=T, position="learned", tied_head=False, mup=BASE, init_method="normal", init_std=0.5,
@@ -41,11 +45,11 @@ def by_hand(w: dict[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
     heads = []
     for head in range(N):
         q, k, v = projected[:, head].unbind(1)
-        scores = (q @ k.T / D).masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
+        scores = (q @ k.T / D / 0.7).masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
         heads.append(scores.softmax(-1) @ v)
     x = x + linear(torch.cat(heads, -1), "attention.dense")
     x = x + linear(F.gelu(linear(norm(x, "layers.0.post_attention_layernorm"), "mlp.linear1")), "mlp.linear2")
-    return norm(x, "final_norm") @ w["head.weight"].T * (6 / 24)
+    return norm(x, "final_norm") @ w["head.weight"].T * (6 / 24) / 1.9
 
 
 def rate(name: str, rule: UpdateRule) -> float:
@@ -121,6 +125,18 @@ def test_at_the_base_widths_nothing_but_attention_is_scaled() -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert {lr_factor(name, scaled, rule) for name in ours for rule in ("adam", "sgd")} == {1.0}  # type: ignore[arg-type]
     assert (scaled.output_scale, scaled.input_scale, scaled.attention_scale) == (1.0, 1.0, 1 / D)
+
+
+def test_low_rank_updates_have_one_width() -> None:
+    """`a` reads the features and writes the rank, `b` the other way round."""
+    spec = dataclasses.replace(SPEC, lora=LowRank(2, 4.0, ("query_key_value", "dense", "linear1", "linear2")))
+    updates = [name for name in parameter_names(spec) if is_update(name)]
+    assert len(updates) == 8
+    for name in updates:
+        fan_in, fan_out = MATRICES[name.split(".")[3]]
+        is_a = name.endswith(".a")
+        assert lr_factor(name, spec, "adam") == pytest.approx(1 / fan_in if is_a else 1)
+        assert lr_factor(name, spec, "sgd") == pytest.approx(1 / fan_in if is_a else fan_out)
 
 
 def test_a_spec_with_base_widths_survives_a_manifest() -> None:
