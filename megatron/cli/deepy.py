@@ -90,10 +90,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"note: {warning}", file=sys.stderr)
     if options.dry_run and not options.submit:
         return _dry_run(config, options.user_script, options.write_config)
-    trains = not inference and not config.width.ends_the_run
-    if purpose == "train" and trains:
-        config.require_training()
-    require_inputs(config, data=trains)
+    if inference or not config.width.ends_the_run:
+        if purpose == "train":
+            config.require_training()
+        require_inputs(config, data=not inference)
     if options.submit:
         request = request_of(options, config)
         print(submit(config, options.user_script, request, own_command(argv), dry_run=options.dry_run))

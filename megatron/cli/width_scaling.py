@@ -18,10 +18,8 @@ from megatron.model.from_config import model_spec
 from megatron.model.width_scaling import update_rule
 from megatron.observe.plot import plot_movements
 from megatron.optim.build import build_optimizer
-from megatron.training.coordinate_check import measure, table, widened
+from megatron.training.coordinate_check import REPEATS, STEPS, Movement, ladder, measure, table, verdict
 from megatron.training.setup import run_folder
-
-NUM_WIDTHS, NARROWEST_HEAD, MOST_LAYERS = 4, 8, 4
 
 
 def run_in_place_of_training(config: Config) -> bool:
@@ -45,17 +43,13 @@ def save_base_shapes(config: Config) -> None:
 
 
 def check_coordinates(config: Config) -> None:
-    """Print how far activations move at several widths, with muP and without, and draw it."""
+    """Say how far activations move at several widths, with muP and without; write it down, and draw it."""
     chosen, device = config.optimizer, local_device(config.launcher.device)
-    spec = model_spec(config)
-    specs = [
-        widened(spec, NARROWEST_HEAD * config.width.mup_width_scale**place, min(spec.num_layers, MOST_LAYERS))
-        for place in range(NUM_WIDTHS)
-    ]
+    specs = ladder(model_spec(config), config.width.mup_width_scale)
     print(
-        f"coordinate check: {specs[0].num_layers} layers, {spec.num_heads} heads, hidden_size "
-        f"{', '.join(str(s.hidden_size) for s in specs)}; {chosen.type}, lr {chosen.lr:g}, {device.type}, fp32, one "
-        "batch of random tokens"
+        f"coordinate check: {specs[0].num_layers} layers, {specs[0].num_heads} heads, hidden_size "
+        f"{', '.join(str(s.hidden_size) for s in specs)}; {chosen.type}, lr {chosen.lr:g}, {device.type}, fp32, "
+        f"{STEPS} steps on one batch of random tokens, mean of {REPEATS} seeds"
     )
     movements = {}
     for title, uses_mup in (("with muP", True), ("without", False)):
@@ -68,16 +62,32 @@ def check_coordinates(config: Config) -> None:
             weight_decay=chosen.weight_decay,
             rule=update_rule(chosen.type),
             uses_mup=uses_mup,
-            seed=config.training.seed,
+            seeds=range(config.training.seed, config.training.seed + REPEATS),
             device=device,
         )
-        print(f"\n{title}: mean |change| of activations after {movements[title].steps} steps, by hidden_size")
+        print(f"\n{title}: mean |change| of activations by hidden_size, and p in change ~ hidden_size^p")
         print(table(movements[title]), flush=True)
-    picture = run_folder(config) / "coord_check.png"
-    picture.parent.mkdir(parents=True, exist_ok=True)
+    is_independent, words = verdict(movements["with muP"], movements["without"])
+    print(f"\n{words}\n")
+    _write_down(run_folder(config), movements, is_independent, words)
+
+
+def _write_down(folder: Path, movements: dict[str, Movement], is_independent: bool, words: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {
+        "is_width_independent": is_independent,
+        "verdict": words,
+        **{
+            title.replace(" ", "_"): {"hidden_size": m.widths, "steps": m.steps, "changes": m.changes, "p": m.slopes()}
+            for title, m in movements.items()
+        },
+    }
+    atomic_write_text(folder / "coord_check.json", json.dumps(record, indent=1) + "\n")
+    written = "coord_check.json"
     try:
-        plot_movements(picture, {title: (m.widths, m.changes) for title, m in movements.items()})
+        plot_movements(folder / "coord_check.png", {t: (m.widths, m.changes) for t, m in movements.items()})
     except ConfigError as error:
         print(f"no picture: {error}")
     else:
-        print(f"\nwrote {picture}")
+        written += " and coord_check.png"
+    print(f"wrote {written} in {folder}")

@@ -52,10 +52,10 @@ def worker_config(argv: Sequence[str] | None = None, purpose: Purpose = "train")
             devices=rank_env.world_size,
             inference=purpose != "train",
         )
-        trains = purpose == "train" and not config.width.ends_the_run
-        if trains:
-            config.require_training()
-        require_inputs(config, data=trains)
+        if purpose != "train" or not config.width.ends_the_run:
+            if purpose == "train":
+                config.require_training()
+            require_inputs(config, data=purpose == "train")
         if rank_env.rank == 0:
             for warning in config.warnings:
                 print(f"note: {warning}", file=sys.stderr)

@@ -67,12 +67,14 @@ def plot_movements(picture: Path, sides: Mapping[str, tuple[Sequence[int], Mappi
     sides: title -> (hidden sizes, layer -> change at each of them). Raises: ConfigError without matplotlib.
     """
     figure = _figure((6 * len(sides), 5))
-    for place, (title, (widths, changes)) in enumerate(sides.items(), 1):
-        axes = figure.add_subplot(1, len(sides), place)
+    # One scale of heights: that they differ is what the picture is for.
+    panels = figure.subplots(1, len(sides), sharey=True, squeeze=False)[0]
+    for axes, (title, (widths, changes)) in zip(panels, sides.items(), strict=True):
         for layer, values in changes.items():
             axes.plot(widths, values, marker="o", markersize=3, linewidth=1, label=layer)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        axes.set_xticks(list(widths), [str(width) for width in widths])
         axes.set_xlabel("hidden_size")
         axes.set_ylabel("mean |change| of activations")
         axes.set_title(title)

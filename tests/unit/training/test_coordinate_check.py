@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +13,10 @@ import pytest
 
 from megatron.cli.width_scaling import run_in_place_of_training
 from megatron.config import Config, load
-from megatron.model.spec import ModelSpec
+from megatron.model.spec import ModelSpec, WidthScaling
 from megatron.model.width_scaling import UpdateRule
 from megatron.optim.build import build_optimizer
-from megatron.training.coordinate_check import LOGITS, Movement, measure, widened
+from megatron.training.coordinate_check import LOGITS, Movement, ladder, measure, verdict, widened
 
 SPEC = ModelSpec(
     num_layers=2, hidden_size=24, num_heads=4, num_kv_heads=4, ffn_size=40, vocab_size=91, padded_vocab_size=96,
@@ -30,17 +33,81 @@ def movement(rule: UpdateRule, *, uses_mup: bool) -> Movement:
         weight_decay=0.1,
         rule=rule,
         uses_mup=uses_mup,
-        seed=3,
+        seeds=(3,),
     )
 
 
 @pytest.mark.parametrize("rule", RATES)
 def test_flat_under_mup_and_growing_without(rule: UpdateRule) -> None:
     flat, growing = (movement(rule, uses_mup=uses_mup) for uses_mup in (True, False))
-    assert all(0.4 < flat.growth(layer) < 1.6 for layer in flat.changes), flat.changes
+    assert all(-0.45 < slope < 0.2 for slope in flat.slopes().values()), flat.slopes()
     blocks = [layer for layer in growing.changes if layer.startswith("layers.")]
     assert len(blocks) == 6
-    assert all(growing.growth(layer) > 2.5 for layer in [*blocks, LOGITS]), growing.changes
+    assert all(growing.slope(layer) > 0.4 for layer in [*blocks, LOGITS]), growing.slopes()
+    assert verdict(flat, growing)[0]
+    is_independent, words = verdict(growing, growing)
+    assert not is_independent
+    assert words.startswith("NOT INDEPENDENT of the width with muP: change ~ width^p with p from")
+
+
+def test_slopes_are_exponents() -> None:
+    power = Movement([10, 20, 70], 4, {"up": [w**0.7 for w in (10, 20, 70)], "still": [1.0, 0.0, 1.0]})
+    assert power.slope("up") == pytest.approx(0.7)
+    assert math.isnan(power.slope("still"))
+
+
+@pytest.mark.parametrize(
+    ("with_mup", "without", "expected", "words"),
+    [
+        (0.0, 0.8, True, r"^INDEPENDENT .* Without, p is up to 0.80 \(x\)\."),
+        (0.05, 0.1, True, "But without muP as well"),
+        (0.5, 0.8, False, "^NOT INDEPENDENT .* x moves farther in wide models"),
+        (-1.0, 0.8, False, "^NOT INDEPENDENT .* x moves less and less"),
+        (math.nan, 0.8, False, "^NO VERDICT: x did not move"),
+        (0.0, math.nan, True, "leave the range of numbers"),
+    ],
+)
+def test_verdict(with_mup: float, without: float, expected: bool, words: str) -> None:
+    sides = [Movement([2, 4, 8], 4, {"x": [width**p for width in (2, 4, 8)]}) for p in (with_mup, without)]
+    is_independent, text = verdict(*sides)
+    assert is_independent == expected
+    assert re.search(words, text)
+
+
+@pytest.mark.parametrize(
+    ("changes", "heads", "kv_heads", "widths"),
+    [
+        ({}, 4, 4, [96, 192, 384, 768]),
+        ({"num_heads": 64, "num_kv_heads": 8, "head_dim": 6, "hidden_size": 384}, 8, 1, [64, 128, 256, 512]),
+        ({"num_heads": 14, "num_kv_heads": 2, "head_dim": 6, "hidden_size": 84}, 7, 1, [112, 224, 448, 896]),
+        ({"num_heads": 48, "num_kv_heads": 1, "head_dim": 6, "hidden_size": 288}, 8, 1, [64, 128, 256, 512]),
+    ],
+)
+def test_ladder(changes: dict[str, int], heads: int, kv_heads: int, widths: list[int]) -> None:
+    spec = replace(
+        SPEC, **{"hidden_size": 36, "num_layers": 9, "vocab_size": 5000, "padded_vocab_size": 5056, **changes}
+    )  # type: ignore[arg-type]
+    rungs = ladder(spec, 2)
+    assert [rung.hidden_size for rung in rungs] == widths
+    assert {(r.num_heads, r.num_kv_heads, r.num_layers, r.padded_vocab_size) for r in rungs} == {
+        (heads, kv_heads, 4, 1024)
+    }
+    assert len(ladder(spec, 16)) == 2
+
+
+def test_the_multipliers_are_checked_too() -> None:
+    """A large temperature holds the logits of all widths still."""
+    cold = replace(SPEC, mup=WidthScaling(1, 1, 1, 1, 1, output_temp=1000.0))
+    keys: Any = {
+        "learning_rate": 0.01, "weight_decay": 0.0, "rule": "adam", "uses_mup": True, "seeds": (1,), "steps": 1,
+    }  # fmt: skip
+    logits = [
+        measure([spec, widened(spec, 12)], lambda groups: build_optimizer(groups, "adam", lr=0.01), **keys).changes[
+            LOGITS
+        ]
+        for spec in (SPEC, cold)
+    ]
+    assert all(b < 0.01 * a for a, b in zip(*logits, strict=True))
 
 
 def test_widened_keeps_the_proportions() -> None:
@@ -77,6 +144,9 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     said = capsys.readouterr().out
     assert "with muP: mean |change|" in said
     assert "without: mean |change|" in said
-    heads = model.num_attention_heads
-    assert f"hidden_size {', '.join(str(heads * 8 * 2**power) for power in range(4))}" in said
-    assert (tmp_path / "coord_check.png").exists() == ("wrote" in said)
+    assert "hidden_size 64, 128, 256, 512" in said
+    record = json.loads((tmp_path / "coord_check.json").read_text())
+    assert record["verdict"] in said
+    assert record["with_muP"]["hidden_size"] == [64, 128, 256, 512]
+    assert len(record["without"]["changes"][LOGITS]) == 4
+    assert (tmp_path / "coord_check.png").exists() == ("coord_check.png" in said)
