@@ -112,9 +112,15 @@ def derive_model(draft: Draft) -> None:
     """Sizes that follow from the architecture keys."""
     required = ("num_layers", "hidden_size", "num_attention_heads", "seq_length")
     missing = [name for name in required if name not in draft.failed and draft[name] is None]
-    for name in missing:
-        draft.problem(name, f"{name} is missing. It has no default; set it.")
-        draft.failed.add(name)
+    if len(missing) == len(required) and not draft.meant & set(required):
+        draft.problem(
+            "", f"no model is given: {', '.join(missing)} are missing. Name a model's file too, as configs/125M.yml."
+        )
+    else:
+        for name in missing:
+            if name not in draft.meant:
+                draft.problem(name, f"{name} is missing. It has no default; set it.")
+    draft.failed.update(missing)
     if "norm" not in draft.failed and draft["norm"].startswith("te_"):
         # Transformer Engine's kernels of the same functions.
         plain = draft["norm"].removeprefix("te_")
@@ -167,23 +173,25 @@ def derive_attention(draft: Draft) -> None:
         draft.derive("attention_config", ["global"] * layers, "num_layers")
         return
     kinds: list[str] = []
+    described = 0
     for entry in given:
         if isinstance(entry, str):
             kinds.append(entry)
+            described += 1
             continue
-        pattern, count = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
-        if (
-            not isinstance(pattern, list)
-            or not pattern
-            or not (count == "all" or (isinstance(count, int) and count > 0))
-        ):
+        pattern, count = entry if isinstance(entry, list) and len(entry) == 2 else ([], None)
+        counts = count == "all" or (isinstance(count, int) and not isinstance(count, bool) and count > 0)
+        if not (isinstance(pattern, list) and pattern and counts):
             draft.fail(
                 "attention_config",
-                f'attention_config holds {entry}. Each entry is a name, or [[names], count or "all"].',
+                f'attention_config holds {json.dumps(entry)}. Each entry is a name, or [[names], count or "all"]; for '
+                f"all layers write {json.dumps([[_names_in(entry) or ['flash'], 'all']])}.",
             )
-        wanted = layers - len(kinds) if count == "all" else int(str(count)) * len(pattern or ())
-        repeats = -(-wanted // len(pattern or ()))
-        kinds += [str(name) for name in list(pattern or ()) * repeats][:wanted]
+        wanted = layers - len(kinds) if count == "all" else int(str(count)) * len(pattern)
+        described += wanted
+        # More than there are layers is only counted.
+        wanted = min(wanted, layers + len(pattern))
+        kinds += [str(name) for name in pattern * -(-wanted // len(pattern))][:wanted]
     unknown = [kind for kind in dict.fromkeys(kinds) if kind not in KINDS]
     reasons: dict[str, list[str]] = {}
     for kind in unknown:
@@ -193,23 +201,37 @@ def derive_attention(draft: Draft) -> None:
         draft.problem("attention_config", f"attention_config asks for {', '.join(names)}: {reason}")
     if unknown:
         raise SkipRule
-    if len(kinds) != layers:
+    if described != layers:
         draft.fail(
             "attention_config",
-            f"attention_config describes {len(kinds)} layers and num_layers = {layers}. "
-            f"{_for_all_layers(given, kinds)}",
+            f"attention_config describes {described} layer{'' if described == 1 else 's'} and num_layers = {layers}. "
+            f"{_for_all_layers(given, kinds, layers)}",
         )
     draft.values["attention_config"] = kinds
 
 
-def _for_all_layers(given: list[Any], kinds: list[str]) -> str:
+def _names_in(entry: Any) -> list[str]:
+    """The kinds of layers that a broken entry names."""
+    if isinstance(entry, str):
+        return [entry] if entry in KINDS else []
+    inner = [_names_in(part) for part in entry] if isinstance(entry, list) else []
+    return list(dict.fromkeys(name for names in inner for name in names))
+
+
+def _for_all_layers(given: list[Any], kinds: list[str], layers: int) -> str:
     """The user's own pattern, for as many layers as there are."""
+    if not kinds:
+        return "Remove the key for global in all layers."
     if len(set(kinds)) == 1:
         pattern = kinds[:1]
     elif len(given) == 1 and isinstance(given[0], list):
         pattern = given[0][0]
+    elif len(kinds) > layers:
+        # What the list says of the layers that there are.
+        return f"Write {json.dumps(kinds[:layers])}, or change num_layers."
     else:
-        return 'Give one kind for each layer, or "all" as the count of the last entry.'
+        # The list from its beginning again, until every layer has a kind.
+        return f"Write {json.dumps([[kinds, 'all']])}, or one kind for each layer."
     return f"Write {json.dumps([[pattern, 'all']])}."
 
 

@@ -6,6 +6,7 @@ Invariant: a rule that needs a value which could not be read is skipped, so that
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,7 @@ class Draft:
     origins: key or dotted nested key -> "file:line", "command line", "derived from ...".
     files: names of the files, for problems that have no line.
     idle: keys without effect here that ask for something.
+    meant: keys that an unknown one was probably meant to be; that they are missing needs no words.
     inference: whether this is for generation or evaluation, not for training.
     """
 
@@ -37,6 +39,7 @@ class Draft:
     inference: bool = False
     failed: set[str] = field(default_factory=set)
     idle: set[str] = field(default_factory=set)
+    meant: set[str] = field(default_factory=set)
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -59,7 +62,7 @@ class Draft:
 
     def problem(self, key: str, text: str) -> None:
         """Note a problem at the place where `key` (dotted for nested ones) is set."""
-        self.problems.append(f"{self.place(key)}: {text}")
+        self.problems.append(f"{self.place(key)}: {one_line(text)}")
 
     def fail(self, key: str, text: str) -> None:
         """Note a problem and leave the rule."""
@@ -68,7 +71,7 @@ class Draft:
 
     def warn(self, key: str, text: str) -> None:
         """Note something the user should know that is no reason to stop."""
-        self.warnings.append(f"{self.place(key)}: {text}")
+        self.warnings.append(f"{self.place(key)}: {one_line(text)}")
 
     def place(self, key: str) -> str:
         """Where a key is set; for one that is not, the nearest enclosing block, else the files."""
@@ -88,8 +91,23 @@ class Draft:
             self.failed.update(name for name in outputs if name not in self.given)
 
 
+def one_line(text: str) -> str:
+    """A message whose values may hold line ends and other control characters: these are shown as escapes."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii") for letter in text
+    )
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """` Did you mean ...?`, or nothing where no known word is near."""
-    by_lower = {name.lower(): name for name in known}
-    near = [by_lower[name] for name in difflib.get_close_matches(word.lower(), by_lower, n=2, cutoff=0.75)]
+    near = near_names(word, known)
     return f" Did you mean {' or '.join(near)}?" if near else ""
+
+
+def near_names(word: str, known: Iterable[str]) -> list[str]:
+    """At most two known words that are near; one alone where only the letter case or the ends differ."""
+    by_lower = {name.lower(): name for name in known}
+    plain = re.sub(r"^\W+|\W+$", "", word.lower())
+    if plain in by_lower:
+        return [by_lower[plain]]
+    return [by_lower[name] for name in difflib.get_close_matches(word.lower(), by_lower, n=2, cutoff=0.75)]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 # Read as the key on the right, with a note.
 RENAMED: dict[str, str] = {
+    "save_interval": "checkpoint_factor",
     "gas": "gradient_accumulation_steps",
     "label_data_paths": "train_label_data_paths",
     "num_experts": "moe_num_experts",
@@ -40,6 +41,10 @@ GONE: dict[str, str] = {
     "moe_loss_coeff": _AUX_LOSS,
     "moe_aux_loss_coeff": _AUX_LOSS,
     "moe_z_loss_coeff": _AUX_LOSS,
+    "moe_glu": "experts are gated where activation is. Remove the key",
+    "moe_normalize_expert_weights": "the router decides on it. Remove the key",
+    "moe_weight_parallelism": _MOE,
+    "moe_expert_capacity": "experts have no capacity, and no token is dropped. Remove the key",
     "gradient_noise_scale": "log_gradient_noise_scale is the key",
     "apply_residual_connection_post_layernorm": "blocks normalise before attention and before the feed-forward. "
     "Remove the key where it is false",

@@ -61,7 +61,10 @@ def _parse_file(path: str) -> dict[str, list[int]]:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
-        raise HostfileError(f"hostfile = {path} cannot be read ({reason}).") from error
+        raise HostfileError(
+            f"hostfile = {path} cannot be read ({reason}). Write a line `host slots=8` for each host into it, or "
+            "remove the key to run on this host alone."
+        ) from error
     hosts: dict[str, list[int]] = {}
     for number, raw in enumerate(text.splitlines(), 1):
         line = raw.split("#", 1)[0].strip()

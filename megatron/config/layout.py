@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron.common.devices import count_gpus
 from megatron.config.draft import Draft
@@ -103,6 +104,13 @@ def _count_processes(draft: Draft, machine: Machine, gpus: int, replica: int) ->
         if per_host is None:
             per_host = math.ceil(replica / nodes)
         return per_host * nodes, f"{per_host} on each of {nodes} nodes of the allocation", True
+    if machine.planning and draft["hostfile"] is not None and not Path(draft["hostfile"]).exists():
+        draft.warn(
+            "hostfile",
+            f"hostfile = {draft['hostfile']} is not here; planning for {replica} process"
+            f"{'es' if replica != 1 else ''}, the fewest this layout needs. --gpus N says how many there will be",
+        )
+        return replica, "the layout", False
     if draft["hostfile"] is not None and draft["launcher"] != "slurm":
         try:
             hosts = read_hosts(draft["hostfile"], draft["include"], draft["exclude"], draft["num_nodes"])

@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron.common.errors import ConfigError
+from megatron.config.deepspeed_blocks import PLAIN_BLOCKS
 from megatron.config.derive import DERIVATIONS
 from megatron.config.draft import Draft, did_you_mean
 from megatron.config.files import require_inputs
@@ -21,12 +22,12 @@ from megatron.config.former_keys import GONE
 from megatron.config.layout import Machine, derive_batch, derive_launcher, derive_world
 from megatron.config.merge import Merged
 from megatron.config.messages import plain_message, show
+from megatron.config.other_names import about_unknown_key
 from megatron.config.resolved import Config, SourceFile
 from megatron.config.rules import RULES
 from megatron.config.schema import FIELDS, SECTION_OF, SECTIONS, field_extra
 from megatron.config.source import Source, read_source
 from megatron.config.upstream_keys import (
-    EVERY_OTHER_KEY,
     MEANWHILE,
     NO_EFFECT,
     NOT_YET,
@@ -70,6 +71,8 @@ def load(
     Raises: ConfigError listing all problems.
     """
     sources = [read_source(find_file(name, conf_dir)) for name in files]
+    for source in sources:
+        _refuse_other_kinds(source)
     merged = Merged(problems=[problem for source in sources for problem in source.problems])
     for source in sources:
         merged.add_source(source)
@@ -110,6 +113,15 @@ def find_file(name: str | Path, conf_dir: str | Path | None = None) -> Path:
     raise ConfigError(f"{path}: there is no such configuration file (looked from {Path.cwd()}).{hint}")
 
 
+def _refuse_other_kinds(source: Source) -> None:
+    """Raises: ConfigError for the configuration of another program, instead of a message for each of its keys."""
+    if "model_type" in source.values and {"architectures", "transformers_version"} & set(source.values):
+        raise ConfigError(
+            f"{source.name}: is the configuration of a Hugging Face model. `python tools/ckpts/convert_hf_to_neox.py` "
+            "makes a checkpoint of the model and the configuration that belongs to it."
+        )
+
+
 def _sort_names(draft: Draft, values: dict[str, Any]) -> None:
     """Take out of `values` what is no key of the schema, and say what becomes of it."""
     idle: dict[str, list[str]] = {}
@@ -142,7 +154,9 @@ def _sort_names(draft: Draft, values: dict[str, Any]) -> None:
             draft.problem(name, f"{name} is no key of this version: {GONE[name]}.")
         elif name not in FIELDS:
             del values[name]
-            draft.problem(name, f"unknown key {name}.{did_you_mean(name, [*FIELDS, *EVERY_OTHER_KEY])}")
+            advice, meant = about_unknown_key(name, value)
+            draft.meant.update(meant)
+            draft.problem(name, f"unknown key {name}.{advice}")
     for reason, names in idle.items():
         draft.warnings.append(f"{', '.join(names)}: no effect here, {reason}")
 
@@ -153,7 +167,7 @@ def _is_neutral(value: Any, neutral_values: tuple[Any, ...]) -> bool:
 
 def _coerce(draft: Draft, values: dict[str, Any]) -> None:
     """Bring every value to its declared type, one section at a time; null means unset."""
-    set_values = {name: value for name, value in values.items() if value is not None}
+    set_values = {name: _without_null(name, value) for name, value in values.items() if not _is_unset(name, value)}
     for section in SECTIONS.values():
         mine = {name: value for name, value in set_values.items() if name in section.model_fields}
         try:
@@ -168,6 +182,18 @@ def _coerce(draft: Draft, values: dict[str, Any]) -> None:
             typed = section.model_validate({name: value for name, value in mine.items() if name not in draft.failed})
         draft.values.update({name: getattr(typed, name) for name in section.model_fields})
         draft.given.update(mine)
+
+
+def _is_unset(name: str, value: Any) -> bool:
+    """Upstream's files write `"load": ""` for nothing, too."""
+    return value is None or (value == "" and FIELDS[name].default is None)
+
+
+def _without_null(name: str, value: Any) -> Any:
+    """A typed block without its nulls: they mean unset there too."""
+    if not isinstance(value, dict) or name in (*PLAIN_BLOCKS, "comet_others", "deepspeed_extra_args"):
+        return value
+    return {inner: _without_null(inner, part) for inner, part in value.items() if part is not None}
 
 
 def _in_order(problems: list[str], files: list[str]) -> list[str]:

@@ -55,6 +55,8 @@ def plain_message(dotted: str, item: Mapping[str, Any], section: type[BaseModel]
             bound = next(value for name, value in context.items() if name in ("gt", "ge", "lt", "le"))
             limit = bound if isinstance(bound, int) else f"{bound:g}"
             return f"{given} must be {word} {limit}.{value_hint(dotted, item.get('input'), '')}"
+    if kind in ("missing", "too_long", "too_short"):
+        return f"{dotted.rstrip('.0123456789')} = {show(item.get('input'))} must hold two numbers, as [0.9, 0.95]."
     if kind == "value_error":
         return f"{given}: {context['error']}."
     if kind == "int_from_float":
@@ -79,8 +81,8 @@ def unknown_name(name: str, block: str, known: Collection[str]) -> str:
 
 def show(value: Any) -> str:
     """A value as the user may have written it, shortened where it is long."""
-    if isinstance(value, bool):
-        return str(value).lower()
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, dict | list):
         text = json.dumps(value, default=str, ensure_ascii=False)
     else:

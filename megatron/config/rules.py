@@ -257,7 +257,10 @@ def check_data(draft: Draft) -> None:
         paths = draft[f"{part}_data_paths"]
         for name in (f"{part}_data_weights", f"{part}_label_data_paths"):
             beside = draft[name]
-            if beside is not None and len(beside) != len(paths or ()):
+            if beside is not None and paths is None:
+                given = f", not data_path ({draft.place('data_path')})" if draft["data_path"] is not None else ""
+                draft.problem(name, f"{name} needs {part}_data_paths{given}. Set it to a list of as many prefixes.")
+            elif beside is not None and len(beside) != len(paths or ()):
                 draft.problem(
                     name,
                     f"{name} has {len(beside)} entries and {part}_data_paths {len(paths or ())}. Give one for each.",

@@ -17,7 +17,8 @@ from typing import Any
 import yaml
 
 from megatron.common.errors import ConfigError
-from megatron.config.syntax_hints import explain
+from megatron.config.draft import one_line
+from megatron.config.syntax_hints import explain, explain_bytes
 
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _INT = re.compile(r"[-+]?(0|[1-9][0-9_]*)$")
@@ -26,6 +27,10 @@ _FLOAT = re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9_]+)([eE][-+]?[0-9]+)?$
 _BOOLS = {
     word: value for value, words in {True: "true yes on", False: "false no off"}.items() for word in words.split()
 }
+# `010`: 8 for upstream's YAML reader, 10 for most others.
+_OCTAL = re.compile(r"[-+]?0[0-9_]+$")
+# More than any configuration has; `*name` inside `*name` inside ... would make billions.
+MAX_VALUES, MAX_DEPTH = 100_000, 50
 _SPECIAL = {".inf": math.inf, "+.inf": math.inf, "-.inf": -math.inf, ".nan": math.nan}
 
 
@@ -54,11 +59,14 @@ def read_source(path: Path) -> Source:
     """
     name = str(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{name}: is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
+        content = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{name}: cannot be read ({error.strerror}).") from error
+    try:
+        # As text files are read everywhere: lines end in \n, \r\n or \r.
+        text = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        raise ConfigError(explain_bytes(name, content, error.start)) from error
     return parse_source(name, text)
 
 
@@ -71,15 +79,18 @@ def parse_source(name: str, text: str) -> Source:
         root = yaml.compose(body, Loader=_LOADER)
     except yaml.YAMLError as error:
         raise ConfigError(explain(name, body, error)) from error
+    except RecursionError as error:
+        raise ConfigError(f"{name}: {_TOO_DEEP}") from error
     if root is None:
         return source
     if not isinstance(root, yaml.MappingNode):
         if text.lstrip()[:9].lower().startswith(("<!doctype", "<html")):
             raise ConfigError(f"{name}:1: this is a web page, not a configuration. Download the raw file.")
         kind = "list" if isinstance(root, yaml.SequenceNode) else "single value"
+        how = ", with a colon" if re.match(r"\s*[\w.-]+\s*=", str(root.value)) else ""
         raise ConfigError(
             f"{name}:{root.start_mark.line + 1}: holds a {kind}, not `key: value` pairs. Write one `key: value` per "
-            "line."
+            f"line{how}."
         )
     values = _Builder(source).mapping(root, "")
     source.values.update(values)
@@ -95,6 +106,8 @@ def parse_value(text: str, where: str = "command line") -> Any:
     source = Source(where, text)
     try:
         node = yaml.compose(text, Loader=_LOADER)
+    except RecursionError as error:
+        raise ConfigError(f"{where}: {_TOO_DEEP}") from error
     except yaml.YAMLError as error:
         if text.lstrip().startswith(("[", "{")):
             problem = getattr(error, "problem", None) or error
@@ -106,18 +119,52 @@ def parse_value(text: str, where: str = "command line") -> Any:
     return value
 
 
+_TOO_DEEP = f"lists and blocks stand inside each other, more than {MAX_DEPTH} of them. Remove brackets."
+
+
 class _Builder:
     """Turns PyYAML's nodes into plain values and notes where each key stands."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
+        self.count = 0
+        # The lists and blocks around the present value.
+        self.around: list[int] = []
 
     def value(self, node: yaml.Node, path: str) -> Any:
         self._refuse_tag(node, path)
-        if isinstance(node, yaml.MappingNode):
-            return self.mapping(node, path)
-        if isinstance(node, yaml.SequenceNode):
-            return [self.value(child, path) for child in node.value]
+        self.count += 1
+        if self.count > MAX_VALUES:
+            raise ConfigError(
+                f"{self.source.name}:{node.start_mark.line + 1}: the file holds more than {MAX_VALUES:,} values once "
+                "every `*name` is replaced by what it repeats. Write the values that are meant."
+            )
+        if isinstance(node, yaml.ScalarNode):
+            return self._scalar(node, path)
+        if id(node) in self.around:
+            self._problem(node, f"{path} holds itself: `*name` stands inside what `&name` marks. Write the value.")
+            return None
+        if len(self.around) >= MAX_DEPTH:
+            raise ConfigError(f"{self.source.name}:{node.start_mark.line + 1}: {_TOO_DEEP}")
+        self.around.append(id(node))
+        found = (
+            self.mapping(node, path)
+            if isinstance(node, yaml.MappingNode)
+            else [self.value(child, path) for child in node.value]
+        )
+        self.around.pop()
+        return found
+
+    def _scalar(self, node: yaml.ScalarNode, path: str) -> Any:
+        # A shell takes quotes away: what comes from it stays the text that it is.
+        if path and not node.style and _OCTAL.match(node.value):
+            octal = re.fullmatch(r"[-+]?0[0-7_]+", node.value)
+            also = f"{int(node.value.replace('_', ''), 8)} or " if octal else ""
+            self._problem(
+                node,
+                f"{path} = {node.value}: a number that begins with 0 is read as octal by some. Write "
+                f"{also}{int(node.value)}, or quote it if it is text.",
+            )
         return _scalar(node)
 
     def mapping(self, node: yaml.MappingNode, path: str) -> dict[str, Any]:
@@ -129,8 +176,11 @@ class _Builder:
             if key_node.tag.endswith(":merge"):
                 # `<<: *anchor` fills in what the mapping itself does not say.
                 for part in value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]:
-                    if isinstance(part, yaml.MappingNode):
-                        merged = {**self.mapping(part, path), **merged}
+                    block = self.value(part, path)
+                    if isinstance(block, dict):
+                        merged = {**block, **merged}
+                    elif not isinstance(part, yaml.MappingNode):
+                        self._problem(key_node, "`<<` takes a block, as in `<<: *name`. Name one, or remove the line.")
                 continue
             spelt = str(key_node.value)
             # What goes to Comet keeps its spelling: those names are not ours.
@@ -154,6 +204,8 @@ class _Builder:
                 self._problem(
                     key_node, "a key is one word, not a list or a block. Quote it if the brackets belong to it."
                 )
+            elif not key_node.value.strip() or (key_node.value == "~" and not key_node.style):
+                self._problem(key_node, "a key is missing before the colon. Write `key: value`, or remove the line.")
             elif tuple_key:
                 # `betas: (0.9, 0.95)` is the text `(0.9` and a second key `0.95)`; the problem is noted already.
                 tuple_key = "" if key_node.value.endswith(")") else tuple_key
@@ -170,7 +222,7 @@ class _Builder:
             self._problem(node, f"{path} has the tag {tag}, and tags are not read. Write the value itself.")
 
     def _problem(self, node: yaml.Node, text: str) -> None:
-        self.source.problems.append(f"{self.source.name}:{node.start_mark.line + 1}: {text}")
+        self.source.problems.append(f"{self.source.name}:{node.start_mark.line + 1}: {one_line(text)}")
 
 
 def _scalar(node: yaml.Node) -> Any:

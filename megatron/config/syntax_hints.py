@@ -7,6 +7,7 @@ a line that exists, and never hides the parser's own words.
 from __future__ import annotations
 
 import re
+import unicodedata
 
 import yaml
 
@@ -14,6 +15,31 @@ _NO_SPACE = re.compile(r"""^\s*["']?[A-Za-z_][\w-]*["']?:[^\s/\\]""")
 _EQUALS = re.compile(r"^\s*[A-Za-z_][\w.-]*\s*=\s*\S")
 _CONFLICT = re.compile(r"^(<{7}|={7}|>{7})( |$)")
 _COLON_IN_VALUE = re.compile(r"""^\s*["']?[\w-]+["']?:\s+[^"'\[{#][^#]*:(\s|$)""")
+
+
+# What files of other kinds begin with.
+_OTHER_KINDS = {
+    b"\x1f\x8b": "a gzip file. Unpack it",
+    b"PK\x03\x04": "a zip file. Unpack it",
+    b"\xff\xfe": "UTF-16 text. Save it as UTF-8",
+    b"\xfe\xff": "UTF-16 text. Save it as UTF-8",
+    b"\x80": "a pickle, not text. Name the YAML file",
+}
+
+
+def explain_bytes(name: str, content: bytes, position: int) -> str:
+    """`file: ... What to do.` for a file that is not UTF-8 from the byte `position` on."""
+    for begins, kind in _OTHER_KINDS.items():
+        if content.startswith(begins):
+            return f"{name}: is {kind}."
+    line = content.count(b"\n", 0, position) + 1
+    return f"{name}:{line}: is not UTF-8 text (byte {position}). Save it as UTF-8."
+
+
+def odd_characters(text: str) -> str:
+    """The characters of a key that look like others or like nothing: `U+200B ZERO WIDTH SPACE`."""
+    odd = dict.fromkeys(letter for letter in text if ord(letter) > 126)
+    return ", ".join(f"U+{ord(letter):04X} {unicodedata.name(letter, '')}".rstrip() for letter in odd)
 
 
 def explain(name: str, text: str, error: yaml.YAMLError) -> str:
@@ -41,6 +67,11 @@ def _hint(lines: list[str], number: int, error: yaml.YAMLError) -> tuple[int, st
             return at, "A merge conflict is left in the file. Resolve it."
     if re.match(r"\s*<(!doctype|html)", "\n".join(lines[:3]), re.IGNORECASE):
         return 1, "This is a web page. Download the raw file."
+    for at, line in enumerate(lines, 1):
+        if line.lstrip().startswith("```"):
+            return at, "This is Markdown. Remove the lines that begin with ```."
+        if re.fullmatch(r"\[\w+\]", _content(line).strip()) and len(lines) > 1:
+            return at, "Keys stand in no sections. Remove this line."
     words = str(getattr(error, "problem", ""))
     opened = getattr(error, "context_mark", None)
     start = opened.line + 1 if opened else number
@@ -51,6 +82,8 @@ def _hint(lines: list[str], number: int, error: yaml.YAMLError) -> tuple[int, st
             hint = _hint_of_line(lines[at - 1])
             if hint:
                 return at, hint
+    if "document start" in words and number > 1:
+        return number, "The brackets above it are all closed: move it in front of the last one, or remove it."
     if "another document" in words:
         return number, "A file holds one document. Remove this `---`, or split the file."
     if "alias" in words:
@@ -66,6 +99,8 @@ def _hint(lines: list[str], number: int, error: yaml.YAMLError) -> tuple[int, st
         if unclosed and number >= len(lines):
             return unclosed, "The bracket that begins here is not closed."
         return before, "A comma is missing at the end of this line, or a bracket above it is not closed."
+    if "node content" in words and re.search(r",\s*,", _content(line)):
+        return number, "A comma is too many."
     if "node content" in words and _unclosed(lines):
         return _unclosed(lines), "The bracket that begins here is not closed."
     if "expected ':'" in words:
@@ -79,6 +114,8 @@ def _hint(lines: list[str], number: int, error: yaml.YAMLError) -> tuple[int, st
 
 def _hint_of_line(line: str) -> str:
     content = _content(line)
+    if odd := odd_characters(re.sub(r"\"[^\"]*\"|'[^']*'", "", re.sub(r"[^\W_a-zA-Z0-9]", "", content))):
+        return f"The line holds {odd}: write plain spaces, quotes and colons."
     if "\t" in line[: len(line) - len(line.lstrip())]:
         return "The line holds a tab; indent with spaces."
     if re.search(r"(^|\s)(//|/\*)", line):

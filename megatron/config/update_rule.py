@@ -78,6 +78,8 @@ def derive_optimizer(draft: Draft) -> None:
     if block is None:
         return
     name = block.type
+    if "type" not in block.model_fields_set and block.params:
+        draft.warn("optimizer", f"optimizer.type is not set; {name} is used")
     if name in SAME_AS_ADAM:
         draft.warn(
             "optimizer.type",

@@ -35,7 +35,13 @@ OTHER_OPTIMIZERS = {
     "adagrad": f"it is not supported. {_ADAM}",
 }
 
+_FILLED_IN = "Other programs fill it in. Write the value, or remove the key for the default."
 _OF_KEY = {
+    "fp16": "Write precision: fp16, or {enabled: true}.",
+    "bf16": "Write precision: bfloat16, or {enabled: true}.",
+    "optimizer": "Write {type: Adam, params: {lr: 1e-4}}.",
+    "zero_optimization": "Write {stage: 1}.",
+    "optimizer.params.betas": "Write [0.9, 0.95].",
     "warmup": "It is a part of lr_decay_iters, not a number of steps.",
     "attention_config": 'Write [[["flash"], "all"]].',
     "split": 'Write it as text: "969, 30, 1".',
@@ -45,7 +51,10 @@ _OF_KEY = {
 
 
 # Values of upstream that a key does not take here, and why.
+_SELF_STARTED = "It starts train.py itself, without deepy.py (docs/clusters.md). Remove the key."
 _OTHER_VALUES = {
+    **{("launcher", name): _SELF_STARTED for name in ("torchrun", "srun", "mpirun", "kubernetes", "accelerate")},
+    **{("launcher", name): "Remove the key: one host needs no launcher." for name in ("local", "none", "standard")},
     ("text_gen_type", "precompute"): "Reference log-probabilities serve DPO, which is not supported yet: use another.",
 }
 _AUTO = (
@@ -64,8 +73,12 @@ def value_hint(key: str, value: Any, kind: str) -> str:
     hint = _OF_KEY.get(key, "")
     if value == "None":
         hint = "Write null for nothing, or remove the key."
-    elif kind in ("int", "float") and (value == "auto" or isinstance(value, list)):
-        hint = _AUTO if value == "auto" or key == "zero_optimization.stage" else hint
+    elif value == "auto":
+        hint = _AUTO if "batch_size" in key or key == "gradient_accumulation_steps" else _FILLED_IN
+    elif kind in ("int", "float") and isinstance(value, list):
+        hint = _AUTO if key == "zero_optimization.stage" else hint
+    elif kind == "string" and isinstance(value, bool):
+        hint = "YAML takes yes, no, on, off, true and false for that. Quote the word."
     elif kind in ("int", "float") and isinstance(value, str):
         hint = _number(value.strip()) or hint
     elif kind == "list" and not hint and isinstance(value, str | int | float):
@@ -81,6 +94,10 @@ def _number(text: str) -> str:
     if match:
         scaled = float(match[1]) * _SUFFIXES[match[2].lower()]
         return f"Write {int(scaled) if scaled.is_integer() else scaled}."
+    if text.endswith(","):
+        return "Remove the comma: lines outside of braces end without."
+    if re.fullmatch(r"[0-9]+,[0-9]+", text) and not re.fullmatch(r"[0-9]{1,3},[0-9]{3}", text):
+        return f"Write {text.replace(',', '.')}."
     if text.endswith("%"):
         try:
             return f"Write {float(text[:-1]) / 100:g}."

@@ -158,7 +158,10 @@ VALUES = [
     ("min_lr: .inf\n", "min_lr = inf must be a finite number."),
     ("NUM_KV_HEADS: 2\n", "unknown key NUM_KV_HEADS. Did you mean num_kv_heads?"),
     ("lr: 1e-4\n", "lr is worked out by the program and cannot be set. Set optimizer.params.lr instead."),
-    ("optimizer: Adam\n", 'optimizer = "Adam" must be a block of `key: value` lines.'),
+    (
+        "optimizer: Adam\n",
+        'optimizer = "Adam" must be a block of `key: value` lines. Write {type: Adam, params: {lr: 1e-4}}.',
+    ),
     ("optimizer: {type: Adam, lr: 1}\n", "unknown key lr in optimizer: it holds type and params. Move lr into params."),
     (
         "optimizer: {type: Adam, params: {betas: (0.9, 0.95)}}\n",
