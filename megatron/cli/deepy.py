@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron.cli import doctor
-from megatron.cli.plan import add_plan_flags, check_plan_flags, print_plan
+from megatron.cli.plan import Purpose, add_plan_flags, check_plan_flags, print_plan
 from megatron.common.errors import ConfigError
 from megatron.common.rank import starter_of
 from megatron.common.stop import STARTED_AT
@@ -29,7 +29,7 @@ from megatron.launch.several_hosts import describe_job, run_job
 from megatron.launch.spawn import run_ranks
 from megatron.launch.submit import add_submit_flags, own_command, request_of, submit, submit_overrides
 
-INFERENCE_SCRIPTS = ("generate", "evaluate", "eval")
+INFERENCE_SCRIPTS: dict[str, Purpose] = {"generate": "generate", "evaluate": "evaluate", "eval": "evaluate"}
 VERIFY_RESUME = "verify-resume"
 
 
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     purpose = Path(options.user_script).stem
     inference = purpose in INFERENCE_SCRIPTS
     if options.plan:
-        return print_plan(options, overrides_of(options), inference=inference)
+        return print_plan(options, overrides_of(options), INFERENCE_SCRIPTS.get(purpose))
     overrides = {**submit_overrides(options), **overrides_of(options)}
     starter = starter_of(os.environ)
     if starter != "alone" and not (options.dry_run or options.submit):

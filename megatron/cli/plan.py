@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from typing import Any
+from typing import Any, Literal
 
 from megatron.common.errors import ConfigError
 from megatron.config import Config, load
@@ -17,6 +17,8 @@ from megatron.config.plan import (
     Cluster,
     Hardware,
     configured,
+    inference_plan_text,
+    inference_plan_values,
     plan_text,
     plan_values,
     search_config,
@@ -24,6 +26,7 @@ from megatron.config.plan import (
     search_values,
 )
 
+Purpose = Literal["generate", "evaluate"]
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 # One process and no division: what any model that a search can divide loads as.
@@ -80,8 +83,12 @@ def check_plan_flags(options: argparse.Namespace) -> None:
             raise ConfigError(f"--{name} {value:g}: a number above 0 is needed.")
 
 
-def print_plan(options: argparse.Namespace, overrides: dict[str, Any], *, inference: bool) -> int:
-    """Print the plan, and with --gpus and --gpu-memory the best layouts. Returns 0; raises ConfigError."""
+def print_plan(options: argparse.Namespace, overrides: dict[str, Any], purpose: Purpose | None = None) -> int:
+    """Print the plan, and with --gpus and --gpu-memory the best layouts. Returns 0; raises ConfigError.
+
+    purpose: what the run does with a trained model, or None for training.
+    """
+    inference = purpose is not None
     if options.gpus is not None:
         overrides.setdefault("device", "cuda")
     memory = None if options.gpu_memory is None else parse_size(options.gpu_memory)
@@ -90,7 +97,10 @@ def print_plan(options: argparse.Namespace, overrides: dict[str, Any], *, infere
     config, refusal = _as_configured(options, overrides, inference, searches)
     values: dict[str, Any] = {}
     texts: list[str] = []
-    if config is not None:
+    if config is not None and purpose is not None:
+        values = inference_plan_values(config, purpose, hardware) if options.json else {}
+        texts.append("" if options.json else inference_plan_text(config, purpose, hardware))
+    elif config is not None:
         values = plan_values(config, hardware) if options.json else {}
         texts.append("" if options.json else plan_text(config, hardware))
     if searches:

@@ -29,8 +29,8 @@ OTHER_OPTIMIZERS = {
     "adam8bit": _EIGHT_BIT,
     "adamw8bit": _EIGHT_BIT,
     "fusedadam": "Adam runs on the fastest kernel at hand by itself. Use Adam",
-    "muadam": "muP is not supported yet. Use Adam",
-    "musgd": "muP is not supported yet. Use SGD",
+    "muadam": "use_mup: true scales Adam itself. Use Adam with it",
+    "musgd": "use_mup: true scales SGD itself. Use SGD with it",
     "madgrad": "with decoupled weight decay it is called madgrad_wd. Use that",
     "adagrad": f"it is not supported. {_ADAM}",
 }

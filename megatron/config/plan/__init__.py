@@ -1,6 +1,7 @@
 """What a configuration costs, worked out without torch: parameters, FLOPs, memory, tokens, time; and better layouts."""
 
 from megatron.config.plan.flops import flops_per_token, flops_terms
+from megatron.config.plan.inference_report import inference_plan_text, inference_plan_values
 from megatron.config.plan.layouts import configured, search_config
 from megatron.config.plan.memory import MemoryEstimate, estimate_memory, estimate_stage
 from megatron.config.plan.parameters import ParameterCount, count_parameters
@@ -18,6 +19,8 @@ __all__ = [
     "estimate_stage",
     "flops_per_token",
     "flops_terms",
+    "inference_plan_text",
+    "inference_plan_values",
     "plan_text",
     "plan_values",
     "search_config",

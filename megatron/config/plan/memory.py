@@ -26,6 +26,8 @@ BF16_BUCKET = 500_000_000
 # Hidden states of a micro-batch that DeepSpeed's pipeline holds between stages, beside what the stage itself keeps:
 # what it receives, what it has sent, their gradients. Measured on its first, middle and last stages.
 PIPELINE_BUFFERS = {"first": 1, "middle": 3, "last": 6}
+# Beyond this, no device helps but a division does.
+LARGEST_BYTES = 288e9
 PASSES = "forward and backward pass"
 MARGIN, RUNTIME = "fragmentation margin", "runtime (context, libraries)"
 

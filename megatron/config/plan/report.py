@@ -12,13 +12,12 @@ from megatron.config.plan.data import DatasetUse, dataset_uses
 from megatron.config.plan.flops import FORWARD_AND_BACKWARD, flops_terms
 from megatron.config.plan.job import job_of, layout_of
 from megatron.config.plan.layouts import Candidate, Search, different, explain, yaml_lines
-from megatron.config.plan.memory import MemoryEstimate, estimate_memory, fullest, largest
+from megatron.config.plan.memory import LARGEST_BYTES, MemoryEstimate, estimate_memory, fullest, largest
 from megatron.config.plan.parameters import count_parameters, stage_parameters
 from megatron.config.plan.speed import ASSUMED_MFU, Cluster, bubble_part
+from megatron.config.plan.words import bytes_text, count_text, joined, plural, repeated
 from megatron.config.resolved import Config
 
-# Beyond this, no device helps but a division does.
-LARGEST_BYTES = 288e9
 # How many layouts a search shows.
 SHOWN = 4
 
@@ -45,26 +44,26 @@ def plan_text(config: Config, hardware: Hardware | None = None) -> str:
     ]
     if config.warnings:
         sections.append(("Notes", list(config.warnings)))
-    return _joined(sections)
+    return joined(sections)
 
 
 def search_text(
     found: Search, gpus: int, memory_bytes: float, cluster: Cluster, configured: Candidate | None = None
 ) -> str:
     """The best layouts of a search, each with its lines of YAML. configured: the layout that the file has."""
-    title = f"Layouts for {gpus} GPUs of {_bytes(memory_bytes)}, {cluster.gpus_per_node} in a node"
+    title = f"Layouts for {gpus} GPUs of {bytes_text(memory_bytes)}, {cluster.gpus_per_node} in a node"
     if not found.fitting:
         lines = [f"none of {found.considered:,} allowed layouts fits."]
         if found.closest is not None:
             memory = found.closest.memory
             lines += [
-                f"The closest, {_shape(found.closest)}, needs {_bytes(memory.total)} on stage {memory.stage} at its "
-                f"fullest moment ({memory.moment}):",
-                "; ".join(f"{name} {_bytes(size)}" for name, size in largest(memory)[:3]),
+                f"The closest, {_shape(found.closest)}, needs {bytes_text(memory.total)} on stage {memory.stage} at "
+                f"its fullest moment ({memory.moment}):",
+                "; ".join(f"{name} {bytes_text(size)}" for name, size in largest(memory)[:3]),
                 "Use more GPUs or more memory, ZeRO's offload_optimizer, a shorter seq_length, or a smaller model.",
             ]
         lines += found.obstacles
-        return _joined([(title, lines)])
+        return joined([(title, lines)])
     best = different(found.fitting, SHOWN)
     lines = [
         f"{len(found.fitting):,} of {found.considered:,} allowed layouts fit; the best of each kind, fastest first"
@@ -72,14 +71,14 @@ def search_text(
     if configured is not None:
         fits = "" if configured.memory.total <= memory_bytes else ", which is too much"
         lines.append(
-            f"as configured, {_shape(configured)}: {_bytes(configured.memory.total)}{fits}, "
+            f"as configured, {_shape(configured)}: {bytes_text(configured.memory.total)}{fits}, "
             f"speed {configured.speed:.2f} of the best"
         )
     lines += found.obstacles
     for number, one in enumerate(best, 1):
         lines += [
             "",
-            f"{number}. {_shape(one)}: {_bytes(one.memory.total)} at most, speed {one.speed:.2f}",
+            f"{number}. {_shape(one)}: {bytes_text(one.memory.total)} at most, speed {one.speed:.2f}",
             f"   {explain(one, cluster)}.",
             *(f"     {line}" for line in yaml_lines(one.layout)),
         ]
@@ -89,7 +88,7 @@ def search_text(
         f"{cluster.node_bytes_s / 1e9:.0f} GB/s within a node and {cluster.network_bytes_s / 1e9:.0f} GB/s between "
         "nodes for each GPU; within a few percent, try both.",
     )
-    return _joined([(title, [*lines, *assumed])])
+    return joined([(title, [*lines, *assumed])])
 
 
 def plan_values(config: Config, hardware: Hardware | None = None) -> dict[str, Any]:
@@ -170,13 +169,13 @@ def run_seconds(config: Config, hardware: Hardware) -> float | None:
 def _layout(config: Config) -> tuple[str, list[str]]:
     parallel, batch = config.parallel, config.batch
     lines = [
-        f"{_plural(parallel.world_size, 'process')} ({config.origin('world_size').removeprefix('derived from ')}) = "
-        f"{_plural(parallel.num_stages, 'stage')} x {_plural(parallel.data_parallel_size, 'replica')} x "
-        f"{_plural(parallel.model_parallel_size, 'tensor rank')}",
+        f"{plural(parallel.world_size, 'process')} ({config.origin('world_size').removeprefix('derived from ')}) = "
+        f"{plural(parallel.num_stages, 'stage')} x {plural(parallel.data_parallel_size, 'replica')} x "
+        f"{plural(parallel.model_parallel_size, 'tensor rank')}",
         f"ZeRO stage {config.zero.stage}, {config.precision.precision}, on {config.launcher.device}",
-        f"batch: {_plural(batch.train_batch_size, 'sequence')} per step = {batch.train_micro_batch_size_per_gpu} per "
-        f"forward pass x {_plural(batch.gradient_accumulation_steps, 'accumulation step')} x "
-        f"{_plural(parallel.data_parallel_size, 'replica')}",
+        f"batch: {plural(batch.train_batch_size, 'sequence')} per step = {batch.train_micro_batch_size_per_gpu} per "
+        f"forward pass x {plural(batch.gradient_accumulation_steps, 'accumulation step')} x "
+        f"{plural(parallel.data_parallel_size, 'replica')}",
     ]
     if parallel.num_stages > 1:
         layout = layout_of(config)
@@ -197,7 +196,7 @@ def _parameters(config: Config) -> tuple[str, list[str]]:
     known = f" ({tokenizer.vocab_size:,} known ids)" if tokenizer.vocab_size else ""
     lines.append(f"{count.per_device:,} on the fullest device; vocabulary {tokenizer.padded_vocab_size:,} rows{known}")
     if config.parallel.num_stages > 1:
-        lines.append(f"on a rank of each stage: {_repeated([f'{n:,}' for n in stage_parameters(config)])}")
+        lines.append(f"on a rank of each stage: {repeated([f'{n:,}' for n in stage_parameters(config)])}")
     return "Parameters", lines
 
 
@@ -207,8 +206,8 @@ def _memory(config: Config, hardware: Hardware) -> tuple[str, list[str]]:
     if config.parallel.num_stages > 1:
         where = f"the worst ranks are those of stage {estimate.stage} (of 0 to {config.parallel.num_stages - 1})"
     lines = [f"{where}; fullest moment: {estimate.moment}"]
-    lines += [f"{name:<32}{_bytes(size):>12}" for name, size in estimate.components.items() if size]
-    lines.append(f"{'total':<32}{_bytes(estimate.total):>12}")
+    lines += [f"{name:<32}{bytes_text(size):>12}" for name, size in estimate.components.items() if size]
+    lines.append(f"{'total':<32}{bytes_text(estimate.total):>12}")
     if hardware.memory_bytes is not None:
         lines.append(_verdict(config, estimate, hardware.memory_bytes))
     elif estimate.total > LARGEST_BYTES:
@@ -218,13 +217,13 @@ def _memory(config: Config, hardware: Hardware) -> tuple[str, list[str]]:
 
 def _verdict(config: Config, estimate: MemoryEstimate, available: float) -> str:
     if estimate.total <= available:
-        return f"fits into {_bytes(available)}, {_bytes(available - estimate.total)} to spare"
+        return f"fits into {bytes_text(available)}, {bytes_text(available - estimate.total)} to spare"
     name, size = largest(estimate)[0]
     cures = [way for way, other in recomputations(config) if other.total <= available]
     cure = f" It would fit with recomputation: {', '.join(cures)}." if cures else ""
     return (
-        f"DOES NOT FIT into {_bytes(available)}: {_bytes(estimate.total - available)} too much, most of it {name} "
-        f"({_bytes(size)}).{cure}"
+        f"DOES NOT FIT into {bytes_text(available)}: {bytes_text(estimate.total - available)} too much, most of it "
+        f"{name} ({bytes_text(size)}).{cure}"
     )
 
 
@@ -235,7 +234,7 @@ def _recomputation(config: Config) -> tuple[str, list[str]]:
         group = asked.group if asked.recompute == "full" and asked.group > 1 else None
         is_asked = name == (f"full, every {group} blocks" if group else asked.recompute)
         mark = "   as configured" if is_asked else ""
-        lines.append(f"{name:<32}{_bytes(estimate.total):>12}  {_bytes(estimate.activations):>12}{mark}")
+        lines.append(f"{name:<32}{bytes_text(estimate.total):>12}  {bytes_text(estimate.activations):>12}{mark}")
     heading = f"{'':<32}{'total':>12}  {'activations':>12}"
     return "Memory by recomputation (recompute_activations)", [heading, *lines]
 
@@ -243,18 +242,25 @@ def _recomputation(config: Config) -> tuple[str, list[str]]:
 def _flops(config: Config) -> tuple[str, list[str]]:
     terms = flops_terms(config)
     total = sum(terms.values())
-    lines = [f"{name:<32}{_count(FORWARD_AND_BACKWARD * n):>12}  {100 * n / total:4.1f} %" for name, n in terms.items()]
-    return "FLOPs per token, forward and backward", [*lines, f"{'total':<32}{_count(FORWARD_AND_BACKWARD * total):>12}"]
+    lines = [
+        f"{name:<32}{count_text(FORWARD_AND_BACKWARD * n):>12}  {100 * n / total:4.1f} %" for name, n in terms.items()
+    ]
+    return "FLOPs per token, forward and backward", [
+        *lines,
+        f"{'total':<32}{count_text(FORWARD_AND_BACKWARD * total):>12}",
+    ]
 
 
 def _tokens(config: Config) -> tuple[str, list[str]]:
     batch, sequence, iters = config.batch.train_batch_size, config.model.seq_length, config.training.train_iters
     per_step = batch * sequence
     flops = FORWARD_AND_BACKWARD * sum(flops_terms(config).values())
-    lines = [f"{per_step:,} tokens per step = {batch} sequences x {sequence} tokens; {_count(per_step * flops)} FLOPs"]
+    lines = [
+        f"{per_step:,} tokens per step = {batch} sequences x {sequence} tokens; {count_text(per_step * flops)} FLOPs"
+    ]
     if iters:
         tokens = iters * per_step
-        lines.append(f"{tokens:,} tokens in all over {iters:,} steps; {_count(tokens * flops)} FLOPs")
+        lines.append(f"{tokens:,} tokens in all over {iters:,} steps; {count_text(tokens * flops)} FLOPs")
         ratio = tokens / count_parameters(config).unique
         lines.append(f"{ratio:.2g} tokens per parameter" if ratio < 1 else f"{ratio:.1f} tokens per parameter")
     lines += [_use(use) for use in dataset_uses(config)]
@@ -303,36 +309,3 @@ def _shape(one: Candidate) -> str:
         f"pp {layout.stages}, tp {layout.tp}{' with sequence parallelism' if layout.sequence_parallel else ''}, "
         f"dp {layout.dp}, ZeRO {layout.zero}, micro-batch {layout.micro_batch} x {layout.accumulation}, {recompute}"
     )
-
-
-def _repeated(words: list[str]) -> str:
-    """Equal neighbours counted: `a, 3 x b, c`."""
-    runs: list[tuple[str, int]] = []
-    for word in words:
-        if runs and runs[-1][0] == word:
-            runs[-1] = (word, runs[-1][1] + 1)
-        else:
-            runs.append((word, 1))
-    return "; ".join(word if count == 1 else f"{count} x {word}" for word, count in runs)
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}{'es' if noun.endswith('s') else 's'}"
-
-
-def _joined(sections: list[tuple[str, list[str]]]) -> str:
-    lines: list[str] = []
-    for title, body in sections:
-        lines += [title, *(f"  {line}".rstrip() for line in body), ""]
-    return "\n".join(lines).rstrip()
-
-
-def _bytes(size: float) -> str:
-    return f"{size / 1e9:,.2f} GB" if size >= 1e8 else f"{size / 1e6:,.2f} MB"
-
-
-def _count(number: float) -> str:
-    for power, letter in ((24, "Y"), (21, "Z"), (18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M")):
-        if number >= 10**power:
-            return f"{number / 10**power:.3g} {letter}"
-    return f"{number:,.0f} "

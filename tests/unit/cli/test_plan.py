@@ -34,13 +34,13 @@ Plan = Callable[..., str]
 def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Plan:
     """What `deepy.py --plan FLAGS train.py FILE` prints; `more` is added to the small model's file."""
     monkeypatch.chdir(tmp_path)
-    Path("train.py").write_text("")
 
-    def run(*flags: str, more: str = "", file: str = "my.yml") -> str:
+    def run(*flags: str, more: str = "", file: str = "my.yml", script: str = "train.py") -> str:
         given = {line.partition(":")[0] for line in more.splitlines()}
         kept = [line for line in MODEL.splitlines() if line.partition(":")[0] not in given]
         Path("my.yml").write_text("\n".join([*kept, more]))
-        assert main(["--plan", *flags, "train.py", file]) == 0
+        Path(script).write_text("")
+        assert main(["--plan", *flags, script, file]) == 0
         return capsys.readouterr().out
 
     return run
@@ -158,3 +158,14 @@ def test_every_preset_has_a_plan(plan: Plan, path: Path) -> None:
     text = plan("--gpu-memory", "80GB", "--peak-tflops", "312", file=str(path))
     for words in ("Parameters", "fullest moment", "recompute_activations", "FLOPs per token", "Time", "GB"):
         assert words in text
+
+
+@pytest.mark.parametrize("script", ["generate.py", "evaluate.py", "eval.py"])
+def test_scripts_that_use_a_model_are_planned_without_its_training(plan: Plan, script: str) -> None:
+    text = plan("--gpus", "1", "--gpu-memory", "24GB", script=script)
+    assert "no optimizer" in text
+    assert "optimizer states" not in text
+    assert "fits into 24.00 GB" in text
+    values = json.loads(plan("--json", script=script))
+    assert values["memory_bytes"]["components"]["weights"] == 2 * values["parameters"]["unique"]
+    assert "time_s" not in values
