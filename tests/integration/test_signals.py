@@ -91,6 +91,63 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(
     assert sorted(set(_log(folder / moment))) == sorted(expected["log"])
 
 
+def _goes_on(ranks: Ranks, expected: dict[str, Any], name: str, changes: dict[str, Any], step: int) -> None:
+    """Started again, the run is the one it would have been."""
+    folder = expected["folder"]
+    assert find(folder / name).step == step
+    resumed = ranks(
+        stopped_run, len(expected["losses"]), str(write_config(folder, name, **CHANGES, **changes)), "never"
+    )
+    assert [result["losses"] for result in resumed] == [losses[step:] for losses in expected["losses"]]
+    tensors = checkpoint_tensors(folder / name)
+    assert all(torch.equal(tensors[key], expected["tensors"][key]) for key in expected["tensors"])
+
+
+def test_a_signal_while_a_save_is_in_the_background(whole: Callable[[str], dict[str, Any]], ranks: Ranks) -> None:
+    """The one under way ends, and is the only one of its step; that of the step at which the run leaves comes after."""
+    changes = {"async_save": True, "keep_last_n_checkpoints": 1}
+    config = str(write_config(whole("dp2")["folder"], "background", **CHANGES, **changes))
+    stopped = ranks(stopped_run, 2, config, "save", 1, 1)
+    step = len(stopped[0]["losses"])
+    assert step in (4, 5, 6)
+    steps = [f"global_step{step}" for step in sorted({4, step})]
+    assert [(result["code"], result["saved"]) for result in stopped] == [(143, steps)] * 2
+    _goes_on(ranks, whole("dp2"), "background", changes, step)
+
+
+def test_a_repeated_sigterm_during_a_save_changes_nothing(whole: Callable[[str], dict[str, Any]], ranks: Ranks) -> None:
+    config = str(write_config(whole("dp2")["folder"], "terms", **CHANGES))
+    stopped = ranks(stopped_run, 2, config, "save", 1, None, signal.SIGTERM, 3)
+    assert [(result["code"], result["saved"]) for result in stopped] == [(143, ["global_step4"])] * 2
+    _goes_on(ranks, whole("dp2"), "terms", {}, 4)
+
+
+def test_a_second_interrupt_breaks_a_save_off(whole: Callable[[str], dict[str, Any]], ranks: Ranks) -> None:
+    """The last checkpoint is what it was."""
+    changes = {"checkpoint_factor": 2}
+    config = str(write_config(whole("one")["folder"], "interrupts", **{**CHANGES, **changes}))
+    (stopped,) = ranks(stopped_run, 1, config, "save", 2, None, signal.SIGINT, 2)
+    assert (stopped["code"], stopped["saved"]) == (130, ["global_step2"])
+    _goes_on(ranks, whole("one"), "interrupts", {}, 2)
+
+
+def test_a_step_for_which_there_are_several_reasons_to_save_is_saved_once(
+    whole: Callable[[str], dict[str, Any]], ranks: Ranks
+) -> None:
+    """Due by checkpoint_factor, by exit_interval and by the time limit."""
+    folder = whole("dp2")["folder"]
+    config = str(write_config(folder, "once", **CHANGES, exit_interval=4))
+    left = ranks(stopped_run, 2, config, "never")
+    assert [(result["code"], result["saved"]) for result in left] == [(0, ["global_step4"])] * 2
+    _goes_on(ranks, whole("dp2"), "once", {}, 4)
+    for late_after, saved in ((4, ["global_step4"]), (5, ["global_step4", "global_step5"])):
+        config = str(write_config(folder, f"late{late_after}", **CHANGES, exit_duration_in_mins=1000))
+        late = ranks(stopped_run, 2, config, "never", 1, None, signal.SIGTERM, 1, late_after)
+        assert [(result["code"], result["saved"]) for result in late] == [(0, saved)] * 2
+        assert len(late[0]["losses"]) == late_after
+        _goes_on(ranks, whole("dp2"), f"late{late_after}", {}, late_after)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
 def test_every_stop_signal_has_its_code(ranks: Ranks, tmp_path: Path, number: int) -> None:
     stopped = ranks(stopped_run, 2, str(write_config(tmp_path)), "train", 3, None, number)
