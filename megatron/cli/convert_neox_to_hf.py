@@ -16,7 +16,8 @@ from megatron.convert.families import FAMILIES
 from megatron.convert.foreign import AnyReader
 from megatron.convert.lora import merged
 from megatron.convert.open import open_weights
-from megatron.convert.peft_adapter import export_adapter
+from megatron.convert.peft_adapter import export_adapter, export_prompt
+from megatron.convert.soft_prompt import without_prompt
 from megatron.convert.width_scaling import folded
 from megatron.model.from_config import model_spec
 from megatron.tokenizer.base import Tokenizer
@@ -32,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     config = load(args.config_file, planning=True) if args.config_file else None
     reader = open_weights(
         args.input_dir,
-        None if config is None else model_spec(config),
+        None if config is None else model_spec(config).base,
         args.iteration,
         kinds=["weight"],
         grouped=None if config is None else config.checkpoint.upstream_gqa_layout,
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     model_type = _ARCHITECTURES.get(args.architecture, args.architecture)
     if args.adapter:
         return _export_adapter(reader, args, model_type)
-    reader = folded(merged(reader))
+    reader = folded(without_prompt(merged(reader), is_asked=args.without_soft_prompt))
     is_imported = is_untouched(reader)
     if config is None and not is_imported and (args.precision == "auto" or not args.no_save_tokenizer):
         raise ConfigError(
@@ -74,10 +75,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def _export_adapter(reader: AnyReader, args: argparse.Namespace, model_type: str | None) -> int:
     precision = "fp32" if args.precision == "auto" else args.precision
-    modules = export_adapter(
-        reader, args.output_dir, dtype=PRECISIONS[precision], base=args.base_model, model_type=model_type
-    )
-    print(f"{reader.folder} (step {reader.step}) -> {args.output_dir}: PEFT adapter, {modules} modules, {precision}")
+    prompt = reader.state["model_spec"].get("soft_prompt")
+    export = export_adapter if prompt is None else export_prompt
+    written = export(reader, args.output_dir, dtype=PRECISIONS[precision], base=args.base_model, model_type=model_type)
+    what = f"{written} {'modules' if prompt is None else 'virtual tokens'}, {precision}"
+    print(f"{reader.folder} (step {reader.step}) -> {args.output_dir}: PEFT adapter, {what}")
     print("use: PeftModel.from_pretrained(base_model, folder), where base_model is the exported base of this run")
     return 0
 
@@ -99,7 +101,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--config_file", type=Path, nargs="+", help="the YAML files that the model was trained with")
     add("--output_dir", type=Path, required=True, help="the folder to make; must not hold anything yet")
     add("--precision", choices=["auto", *PRECISIONS], default="auto", help="auto: as the model was trained")
-    add("--adapter", action="store_true", help="of a LoRA run: write the updates alone, as a PEFT adapter")
+    add("--adapter", action="store_true", help="write what LoRA or prompt tuning has learnt alone, as a PEFT adapter")
+    add("--without-soft-prompt", action="store_true", help="after prompt tuning: write the model without its prompt")
     add("--base-model", default="", help="with --adapter: the base model that adapter_config.json names")
     add("--no_save_tokenizer", action="store_true", help="write the model alone")
     add("--iteration", type=int, help="the step to convert, where --input_dir holds several")

@@ -13,6 +13,7 @@ from megatron.convert.export import PRECISIONS, model_spec
 from megatron.convert.lora import merged
 from megatron.convert.neox_export import export_neox
 from megatron.convert.open import open_weights
+from megatron.convert.soft_prompt import without_prompt
 from megatron.convert.width_scaling import folded
 from megatron.model.from_config import model_spec as spec_of_config
 
@@ -23,12 +24,12 @@ def main(argv: list[str] | None = None) -> int:
     config = load([args.config_file], planning=True) if args.config_file else None
     reader = open_weights(
         args.input_dir,
-        None if config is None else spec_of_config(config),
+        None if config is None else spec_of_config(config).base,
         args.iteration,
         kinds=["weight"],
         grouped=None if config is None else config.checkpoint.upstream_gqa_layout,
     )
-    reader = folded(merged(reader))
+    reader = folded(without_prompt(merged(reader), is_asked=args.without_soft_prompt))
     configs = reader.source_files()
     if args.config_file:
         configs[args.config_file.name] = args.config_file.read_text()
@@ -59,6 +60,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--tp", type=int, default=1, help="model_parallel_size to write for")
     add("--no-pipeline", action="store_true", help="one file per rank, for pipe_parallel_size: 0; else one per layer")
     add("--precision", choices=list(PRECISIONS), default="fp32")
+    add("--without-soft-prompt", action="store_true", help="after prompt tuning: write the model without its prompt")
     add("--iteration", type=int, help="the step to convert, where --input_dir holds several")
     add("--debug", action="store_true", help="show tracebacks")
     return parser.parse_args(argv)

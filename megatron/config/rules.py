@@ -11,20 +11,23 @@ import re
 from megatron.config.architecture_rules import ARCHITECTURE_RULES
 from megatron.config.deepspeed_blocks import check_deepspeed_blocks
 from megatron.config.draft import Draft
-from megatron.config.schema import GATED_ACTIVATIONS
+from megatron.config.schema.tuning import virtual_tokens
 from megatron.config.texts import check_texts
+from megatron.config.tuning_rules import TUNING_RULES, text_and_prompt
 from megatron.config.width_rules import WIDTH_RULES
 
 
 def check_tensor_parallel(draft: Draft) -> None:
     """Everything that tensor-parallel ranks divide."""
-    tp = draft["model_parallel_size"]
-    if draft["sequence_parallel"] and draft["seq_length"] % tp:
+    tp, length = draft["model_parallel_size"], draft["seq_length"]
+    virtual = virtual_tokens(draft["soft_prompt_tuning"])
+    if draft["sequence_parallel"] and (length + virtual) % tp:
+        lengths = text_and_prompt(virtual, length) if virtual else f"seq_length = {length}"
         draft.problem(
             "sequence_parallel",
-            f"sequence_parallel = true divides seq_length = {draft['seq_length']} over "
-            f"model_parallel_size = {tp} ranks. "
-            "Use a multiple of it, or remove sequence_parallel.",
+            f"sequence_parallel = true divides {lengths} over model_parallel_size = {tp} ranks. "
+            f"Use {f'num_tokens: {virtual - (length + virtual) % tp + tp}' if virtual else 'a multiple of it'}, or "
+            "remove sequence_parallel.",
         )
     for name in ("num_attention_heads", "ffn_size", "padded_vocab_size"):
         if name in draft.failed or draft[name] is None or draft[name] % tp == 0:
@@ -112,24 +115,6 @@ def check_compile(draft: Draft) -> None:
             "torch_compile",
             f"torch_compile = true does not work with ZeRO stage 3 ({draft.place('zero_stage')}), which fetches "
             "weights in the middle of a block. Use stage 1 or 2, or remove torch_compile.",
-        )
-
-
-def check_tuning(draft: Draft) -> None:
-    """LoRA's keys, and what they need."""
-    if draft["lora_rank"] is None:
-        for name in ("lora_alpha", "lora_dropout", "lora_targets"):
-            if draft.is_given(name):
-                draft.problem(name, f"{name} does nothing without lora_rank. Set lora_rank, for example 8.")
-        return
-    fused = draft["num_kv_heads"] in (None, draft["num_attention_heads"])
-    is_gated = draft["activation"] in GATED_ACTIVATIONS
-    missing = ({"query", "key_value"} if fused else set()) | (set() if is_gated else {"gate", "up"})
-    for name in sorted(missing & set(draft["lora_targets"])):
-        draft.problem(
-            "lora_targets",
-            f"lora_targets holds {name}, which this model does not have: its attention "
-            f"{'is' if fused else 'is not'} one query_key_value, its MLP {'is' if is_gated else 'is not'} gated.",
         )
 
 
@@ -370,7 +355,7 @@ RULES = (
     check_zero,
     check_allreduce,
     check_compile,
-    check_tuning,
+    *TUNING_RULES,
     *WIDTH_RULES,
     check_stages,
     check_tasks,

@@ -92,7 +92,6 @@ NO_EFFECT: dict[str, tuple[Any, str]] = {
 }
 
 _BATCH = "A checkpoint goes on at any number of processes; set the batch keys"
-_MEANWHILE = "Remove it"
 
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     # key: (neutral values, why it is refused, and what to use)
@@ -124,7 +123,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
         "checkpoints are written to the bucket itself, not to a folder and then copied. Give save (and load) the "
         "address, s3://bucket/run, with async_save: true if it is slow",
     ),
-    "soft_prompt_tuning": ((None,), f"soft prompts do not exist here (upstream's cannot start either). {_MEANWHILE}"),
 }
 
 _POST = "post-training (DPO, reward models, KTO, REINFORCE)"

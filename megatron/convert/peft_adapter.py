@@ -1,4 +1,5 @@
-"""Low-rank updates as a PEFT adapter: a folder that `peft.PeftModel.from_pretrained(base, folder)` puts on its base.
+"""Low-rank updates, or a soft prompt, as a PEFT adapter: a folder that `peft.PeftModel.from_pretrained(base, folder)`
+puts on its base.
 
 One module of transformers may hold what are several of ours (queries, keys and values in one matrix) and the other way
 round. Where several of our updates fall into one matrix, theirs stands for the sum of them: its rank is the sum of
@@ -9,6 +10,7 @@ Source: the file names and keys of PEFT 0.7 to 0.21.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -24,9 +26,16 @@ from megatron.convert.export import choose_family
 from megatron.convert.family import Family
 from megatron.convert.foreign import AnyReader
 from megatron.convert.recipes import Group
+from megatron.model.soft_prompt import SOFT_PROMPT_WEIGHT
 from megatron.model.spec import ModelSpec
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_TASK_TYPES = {
+    "causal_lm": "CAUSAL_LM",
+    "sequence_classification": "SEQ_CLS",
+    "token_classification": "TOKEN_CLS",
+    "question_answering": "QUESTION_ANS",
+}
 # A width that no model has, to tell apart the two sides of a matrix.
 _ODD_WIDTH = 7919
 
@@ -42,22 +51,76 @@ def export_adapter(
     """
     spec = ModelSpec.from_dict(reader.state["model_spec"])
     if spec.lora is None:
-        raise CheckpointError(f"{reader.folder} has no low-rank updates. Export the model without --adapter.")
+        raise CheckpointError(
+            f"{reader.folder} has no low-rank updates and no soft prompt. Export the model without --adapter."
+        )
     if spec.mup is not None:
         raise CheckpointError(
             f"{reader.folder} was trained with use_mup: its multipliers go into the weights of an exported model, "
             "which updates beside them do not see. Export the merged model without --adapter."
         )
+    family = choose_family(reader, _without_updates(spec), model_type)
+    _require_free(output)
+    tensors, ranks = _tensors(reader, spec, family, dtype)
+    _write(output, tensors, _config(spec, family, ranks, base))
+    return len(ranks)
+
+
+def export_prompt(
+    reader: AnyReader, output: Path, *, dtype: torch.dtype, base: str = "", model_type: str | None = None
+) -> int:
+    """Write the soft prompt of a checkpoint, and a head of labels, as an adapter; the number of tokens is returned.
+
+    Arguments as of `export_adapter`. PEFT puts the prompt where this program does: behind what scales word embeddings,
+    before what adds positions.
+    Raises: CheckpointError if there is no prompt, or low-rank updates beside it, or `output` exists and is not empty.
+    """
+    spec = ModelSpec.from_dict(reader.state["model_spec"])
+    if spec.soft_prompt is None:
+        raise CheckpointError(f"{reader.folder} has no soft prompt. Export the model without --adapter.")
+    if spec.lora is not None:
+        raise CheckpointError(
+            f"{reader.folder} has low-rank updates and a soft prompt, which are no one adapter of PEFT. Merge the "
+            "updates with tools/ckpts/merge_lora.py first; then export that model with --without-soft-prompt, and the "
+            "prompt, made for it, with --adapter."
+        )
+    family = choose_family(reader, dataclasses.replace(spec, soft_prompt=None), model_type)
+    _require_free(output)
+    prompt = reader.read(SOFT_PROMPT_WEIGHT, dtype=dtype)
+    _write(
+        output,
+        {"prompt_embeddings": prompt, **_head(reader, spec, family, dtype, "base_model")},
+        {
+            "peft_type": "PROMPT_TUNING",
+            "task_type": _TASK_TYPES[spec.task],
+            "base_model_name_or_path": base,
+            "inference_mode": True,
+            "num_virtual_tokens": spec.num_virtual_tokens,
+            "token_dim": spec.hidden_size,
+            "num_transformer_submodules": 1,
+            "num_attention_heads": spec.num_heads,
+            "num_layers": spec.num_layers,
+            "prompt_tuning_init": "RANDOM",
+            "prompt_tuning_init_text": None,
+            "tokenizer_name_or_path": None,
+        },
+    )
+    return spec.num_virtual_tokens
+
+
+def _require_free(output: Path) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CheckpointError(f"{output} exists and is not empty. Remove it, or choose another --output_dir.")
-    family = choose_family(reader, _without_updates(spec), model_type)
-    tensors, ranks = _tensors(reader, spec, family, dtype)
+
+
+def _write(output: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    """Make the folder appear with one rename."""
     temporary = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
-        atomic_write_text(temporary / CONFIG, json.dumps(_config(spec, family, ranks, base), indent=2) + "\n")
+        atomic_write_text(temporary / CONFIG, json.dumps(config, indent=2) + "\n")
         fsync_directory(temporary)
         if output.exists():
             output.rmdir()
@@ -65,7 +128,6 @@ def export_adapter(
         fsync_directory(output.absolute().parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return len(ranks)
 
 
 def _without_updates(spec: ModelSpec) -> ModelSpec:
@@ -90,10 +152,17 @@ def _tensors(
             stem = f"base_model.model.{module}"
             tensors[f"{stem}.lora_A.weight"] = first.to(dtype).clone()
             tensors[f"{stem}.lora_B.weight"] = second.to(dtype).contiguous()
-    if spec.task != "causal_lm":  # a head that was trained whole
-        for group in family.all_groups(spec)[-1 - spec.head_bias :]:
-            tensors[f"base_model.model.{group.theirs[0]}"] = reader.read(group.ours[0], dtype=dtype)
-    return tensors, ranks
+    return tensors | _head(reader, spec, family, dtype, "base_model.model"), ranks
+
+
+def _head(
+    reader: AnyReader, spec: ModelSpec, family: Family, dtype: torch.dtype, prefix: str
+) -> dict[str, torch.Tensor]:
+    """The tensors of a head of labels, which is trained whole."""
+    if spec.task == "causal_lm":
+        return {}
+    groups = family.all_groups(spec)[-1 - spec.head_bias :]
+    return {f"{prefix}.{group.theirs[0]}": reader.read(group.ours[0], dtype=dtype) for group in groups}
 
 
 def _second_matrices(reader: AnyReader, group: Group, layers: list[str], width: int) -> list[torch.Tensor]:
@@ -118,12 +187,11 @@ def _config(spec: ModelSpec, family: Family, ranks: dict[str, int], base: str) -
     assert spec.lora is not None
     usual, scale = spec.lora.rank, spec.lora.alpha / spec.lora.rank
     unusual = {module: rank for module, rank in ranks.items() if rank != usual}
-    kinds = {"causal_lm": "CAUSAL_LM", "sequence_classification": "SEQ_CLS", "token_classification": "TOKEN_CLS"}
     # Of each name the part that tells the module within its layer.
     targets = sorted({module.rpartition(".")[2] for module in ranks})
     return {
         "peft_type": "LORA",
-        "task_type": kinds.get(spec.task, "QUESTION_ANS"),
+        "task_type": _TASK_TYPES[spec.task],
         "base_model_name_or_path": base,
         "inference_mode": True,
         "r": usual,

@@ -16,8 +16,9 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import nn
 
 from megatron.model.build import HEAD, WORD_EMBEDDING, NamedLayer, Transformer, is_block, layer_list, parameter_names
-from megatron.model.layers import TransformerBlock, whole_sequences
+from megatron.model.layers import TransformerBlock
 from megatron.model.recompute import Recompute, grouped
+from megatron.model.soft_prompt import text_states
 from megatron.model.spec import ModelSpec
 from megatron.objectives.labels import label_loss, span_counts, span_loss
 from megatron.objectives.language_model import LossTerm, language_model_loss
@@ -138,7 +139,7 @@ class StagedModule(PipelineModule):
         term = loss_term(
             self.spec,
             self.groups,
-            whole_sequences(hidden, self.groups),
+            text_states(hidden, self.spec, self.groups),
             owner.get_parameter("weight"),
             owner.get_parameter("bias") if self.spec.head_bias else None,
             labels,

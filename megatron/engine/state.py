@@ -23,6 +23,8 @@ WEIGHT = "weight"
 class TensorSource(Protocol):
     """What loading needs of a checkpoint: byte ranges of one tensor-parallel shard, at any layout."""
 
+    def names(self) -> list[str]: ...
+
     def kinds(self, name: str) -> list[str]: ...
 
     def read_shard(
@@ -163,10 +165,10 @@ def import_optimizer(engine: TrainEngine, source: TensorSource, steps: int) -> N
     A checkpoint from before the first step holds no states: the optimizer then starts anew.
     """
     groups, optimizer = engine.groups, _inner_optimizer(engine)
-    found: set[str] = set()
+    # Of all tensors: nothing of this stage may learn but its fillers, which have the states that the others have.
+    found = {kind for name in source.names() for kind in source.kinds(name)} - {WEIGHT}
     for name, parameter in engine.named_parameters:
         kinds = [kind for kind in source.kinds(name) if kind != WEIGHT]
-        found.update(kinds)
         at = place(engine, parameter)
         if at is None or not parameter.requires_grad:
             continue

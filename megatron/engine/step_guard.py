@@ -101,8 +101,11 @@ class StepGuard:
         # This optimizer has the norm from a function of its module, and has no method around it.
         norm_of_tensors, step = bf16_optimizer.get_global_norm_of_tensors, optimizer.step
 
-        def guarded_norm(*args: Any, **kwargs: Any) -> Any:
-            return self._passed_on(norm_of_tensors(*args, **kwargs))
+        def guarded_norm(*args: Any, input_tensors: list[torch.Tensor], **kwargs: Any) -> Any:
+            # DeepSpeed fails where a rank has nothing to count: replicated parameters alone, which are another
+            # rank's, or a stage on which nothing learns.
+            counted = input_tensors or [torch.zeros(1, device=self._device)]
+            return self._passed_on(norm_of_tensors(*args, input_tensors=counted, **kwargs))
 
         def guarded_step(*args: Any, **kwargs: Any) -> Any:
             bf16_optimizer.get_global_norm_of_tensors = guarded_norm

@@ -88,7 +88,7 @@ def evaluate_tasks(
         adapter = harness.HarnessModel(
             team.map,
             tokenizer,
-            max_length=min(max_length or model.spec.max_positions, model.spec.max_positions),
+            max_length=min(max_length or model.spec.max_text_positions, model.spec.max_text_positions),
             batch_size=batch_size,
             device=device,
             info={"model_dtype": str(model.output_weight.dtype), **(info or {})},

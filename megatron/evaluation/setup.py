@@ -70,7 +70,8 @@ def evaluate_from_config(config: Config, signals: StopSignals) -> int:
             "model_num_parameters": sum(reader.spec(name).shard_numel(1) for name in reader.names()),
             "tokenizer": tokenizer.fingerprint,
         }
-        batch_size, max_length = config.batch.train_micro_batch_size_per_gpu, config.model.seq_length
+        batch_size = config.batch.train_micro_batch_size_per_gpu
+        max_length = min(config.model.seq_length, model.spec.max_text_positions)
         results: dict[str, Any] | None
         if tasks is None:
             results = evaluate_labelled(model, labelled, batch_size=batch_size, max_length=max_length, info=info)

@@ -16,7 +16,8 @@ from megatron.model.spec import ModelSpec
 class StaticCache:
     """The cache of a batch: `layers` gives each attention layer its store (megatron.model.layers.KeyValueStore).
 
-    lengths: tokens in each row. Before a forward, the caller says with `begin` how many real tokens each row brings.
+    lengths: tokens in each row, virtual ones of a soft prompt included. Before a forward, the caller says with `begin`
+    how many real tokens each row brings.
     Shapes: keys and values [B, G, capacity, D] per layer, with this rank's G.
     """
 
@@ -32,6 +33,7 @@ class StaticCache:
     ) -> None:
         shape = (batch_size, spec.kv_heads_on_rank(tp_size), capacity, spec.head_dim)
         self.capacity = capacity
+        self.num_virtual_tokens = spec.num_virtual_tokens
         self.device = torch.device(device)
         self.lengths = [0] * batch_size
         # Zeros, not whatever the memory held: a masked slot still takes part in sums, times 0, and 0 times NaN is NaN.
@@ -50,7 +52,9 @@ class StaticCache:
         Shapes: int64 [B, 1]. Raises ValueError if a row would exceed the capacity.
         """
         starts = self.lengths
-        self.lengths = [start + count for start, count in zip(starts, counts, strict=True)]
+        # A soft prompt comes with the first tokens.
+        virtual = 0 if any(starts) else self.num_virtual_tokens
+        self.lengths = [start + virtual + count for start, count in zip(starts, counts, strict=True)]
         self.end = max(self.lengths)
         if self.end > self.capacity:
             raise ValueError(f"{self.end} tokens do not fit into a cache of {self.capacity}")
@@ -64,6 +68,11 @@ class StaticCache:
             self.slots = positions
             self.mask = (torch.arange(self.end, device=self.device) <= positions[:, None])[:, None, None, :]
         return positions[:, None]
+
+    @property
+    def held(self) -> list[int]:
+        """Tokens of its text that each row holds."""
+        return [max(0, length - self.num_virtual_tokens) for length in self.lengths]
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows only."""

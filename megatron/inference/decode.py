@@ -72,7 +72,7 @@ def decode(
     them the same answers.
     Raises: PromptTooLongError; ValueError for an empty prompt; Stopped.
     """
-    limit = model.spec.max_positions
+    limit = model.spec.max_text_positions
     for row, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompt {row} has no token; use the end-of-document token to begin from nothing")
@@ -125,11 +125,12 @@ class _Forward:
         self.rows = list(range(len(sequences)))
         self.cache: StaticCache | None = None
         if settings.use_cache:
-            longest = max(map(len, sequences), default=0) + settings.max_new_tokens
+            spec = model.spec
+            longest = spec.num_virtual_tokens + max(map(len, sequences), default=0) + settings.max_new_tokens
             self.cache = StaticCache(
-                model.spec,
+                spec,
                 len(sequences),
-                min(longest, model.spec.max_positions),
+                min(longest, spec.max_positions),
                 tp_size=model.groups.tp_size,
                 dtype=model.output_weight.dtype,
                 device=self.device,
@@ -143,7 +144,7 @@ class _Forward:
             if active != self.rows:
                 cache.keep([self.rows.index(row) for row in active])
                 self.rows = list(active)
-            new = [tokens[length:] for tokens, length in zip(new, cache.lengths, strict=True)]
+            new = [tokens[length:] for tokens, length in zip(new, cache.held, strict=True)]
             positions = cache.begin([len(tokens) for tokens in new])
         width = max(map(len, new))
         padded = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens in new], device=self.device)

@@ -65,14 +65,15 @@ class Generator:
         """
         begin = [self.tokenizer.eod_id] if self.tokenizer.eod_id is not None else []
         found = [ids or begin for ids in self.tokenizer.encode_batch(list(prompts))]
-        limit = self.model.spec.max_positions
+        spec, limit = self.model.spec, self.model.spec.max_text_positions
+        beside = f" - {spec.num_virtual_tokens} of its soft prompt" if spec.soft_prompt else ""
         for number, (prompt, ids) in enumerate(zip(prompts, found, strict=True), start=1):
             if not ids:
                 raise DataError("this tokenizer has no end-of-document token to begin from: give a prompt")
             if len(ids) >= limit:
                 raise DataError(
                     f"prompt {number} ({prompt[:40]!r}...) has {len(ids)} tokens, and the model has {limit} positions "
-                    f"(max_position_embeddings). Shorten it to fewer than {limit} tokens."
+                    f"(max_position_embeddings{beside}). Shorten it to fewer than {limit} tokens."
                 )
         return found
 

@@ -87,13 +87,14 @@ def load_trained(
 
     precision: fp32 | fp16 | bfloat16, as the run's. spec: the configured model, needed where the folder is of upstream
     GPT-NeoX, grouped: as in `open_neox`. on_reader: sees the chosen checkpoint.
-    Raises: ConfigError without a folder; CheckpointError if nothing can be loaded, or the tokenizer is another one.
+    Raises: ConfigError without a folder; CheckpointError if nothing can be loaded, the tokenizer is another one, or the
+    spec has a soft prompt or low-rank updates that the checkpoint does not.
     """
     if folder is None:
         raise ConfigError("neither load nor save is set: say where the checkpoints are, for example load: checkpoints")
     reader = open_weights(
         folder,
-        spec,
+        None if spec is None else spec.base,
         step,
         kinds=["weight"],
         grouped=grouped,
@@ -102,6 +103,8 @@ def load_trained(
         share=ranks.share,
         report=ranks.say,
     )
+    if spec is not None:
+        _require_additions(reader, spec)
     trained_with = reader.state.get("facts", {}).get("tokenizer", tokenizer.fingerprint)
     if trained_with != tokenizer.fingerprint:
         files = ", ".join(map(str, tokenizer.source_files)) or type(tokenizer).__name__
@@ -118,3 +121,17 @@ def load_trained(
     if on_reader is not None:
         on_reader(reader)
     return model
+
+
+def _require_additions(reader: AnyReader, spec: ModelSpec) -> None:
+    """What fine-tuning adds to a model and the configuration asks for is in the checkpoint."""
+    saved = reader.state.get("model_spec", {})
+    for field, name, keys in (
+        ("soft_prompt", "soft prompt", "soft_prompt_tuning"),
+        ("lora", "low-rank updates (LoRA)", "the lora keys"),
+    ):
+        if getattr(spec, field) is not None and saved.get(field) is None:
+            raise CheckpointError(
+                f"{reader.folder} has no {name}, the configuration asks for {keys}. Set load to the folder that the "
+                f"fine-tuning run saved to, or remove {keys} to use the model as it was before."
+            )

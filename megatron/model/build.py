@@ -14,9 +14,10 @@ from torch import nn
 
 from megatron.model.attention import KeyValueStore, SelfAttention, rotary_table
 from megatron.model.init import initialize_parameters
-from megatron.model.layers import Head, PositionEmbedding, TransformerBlock, WordEmbedding, whole_sequences
+from megatron.model.layers import Head, PositionEmbedding, TransformerBlock, WordEmbedding
 from megatron.model.norms import Norm
 from megatron.model.recompute import Recompute, grouped
+from megatron.model.soft_prompt import SOFT_PROMPT, SoftPromptEmbedding, text_states
 from megatron.model.spec import ModelSpec
 from megatron.ops.matmul import linear
 from megatron.parallel.collectives import gather_last_dim
@@ -64,6 +65,8 @@ def layer_list(
         )
     rotary = rotary_table(spec)
     layers = [NamedLayer(WORD_EMBEDDING, WordEmbedding, (spec, groups, stream))]
+    if spec.soft_prompt is not None:
+        layers.append(NamedLayer(SOFT_PROMPT, SoftPromptEmbedding, (spec, groups, stream)))
     if spec.has_position_layer:
         layers.append(NamedLayer(POSITION_EMBEDDING, PositionEmbedding, (spec, groups, stream)))
     inside = {"recompute_attention": recompute.mode == "selective"}
@@ -106,9 +109,12 @@ class Transformer(nn.Module):
     ) -> torch.Tensor:
         """Hidden states after the final norm, all tokens on every tensor-parallel rank.
 
+        positions: of a soft prompt too, which is put before tokens without positions: they begin the sequence.
         Shapes: tokens int64 [B, T]; positions int64 [B, T] or None for 0..T-1; stores, one a block -> [B, T, H].
         """
         x = self.get_submodule(WORD_EMBEDDING)(tokens)
+        if self.spec.soft_prompt is not None:
+            x = self.get_submodule(SOFT_PROMPT)(x, positions)
         if self.spec.has_position_layer:
             x = self.get_submodule(POSITION_EMBEDDING)(x, positions)
         if stores is None:
@@ -117,7 +123,7 @@ class Transformer(nn.Module):
         else:
             for block, store in zip(self.get_submodule("layers").children(), stores, strict=True):
                 x = block(x, positions, store)
-        return whole_sequences(self.get_submodule("final_norm")(x), self.groups)
+        return text_states(self.get_submodule("final_norm")(x), self.spec, self.groups, begins=positions is None)
 
     @property
     def output_weight(self) -> nn.Parameter:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from typing import cast
 
+from megatron.common.errors import ConfigError
 from megatron.config import Config
 from megatron.config.schema import GATED_ACTIVATIONS, ModelSection, RopeScalingBlock
-from megatron.model.spec import LowRank, ModelSpec, Norm, Residual, RopeScaling, WidthScaling
+from megatron.model.spec import LowRank, ModelSpec, Norm, Residual, RopeScaling, SoftPrompt, WidthScaling
+from megatron.tokenizer.base import Tokenizer
 
 # As transformers' heads of these tasks have it.
 _HEAD_BIAS = {"sequence_classification": False, "token_classification": True, "question_answering": True}
@@ -63,6 +65,7 @@ def model_spec(config: Config) -> ModelSpec:
         window=model.sliding_window_width,
         window_layers=None if model.sliding_window_layers is None else tuple(sorted(model.sliding_window_layers)),
         lora=low_rank(config),
+        soft_prompt=soft_prompt(config),
         mup=mup,
         init_scale=config.width.mup_init_scale,
         embedding_scale=math.sqrt(mup.hidden_size if mup else model.hidden_size) if model.scale_embeddings else 1.0,
@@ -91,6 +94,31 @@ def low_rank(config: Config) -> LowRank | None:
     }
     targets = set().union(*(meaning.get(target, {target}) for target in tuning.lora_targets))
     return LowRank(tuning.lora_rank, tuning.lora_alpha, tuple(sorted(targets)), tuning.lora_dropout)
+
+
+def soft_prompt(config: Config) -> SoftPrompt | None:
+    """The virtual tokens that the config asks for. What init_string means is the tokenizer's business: `init_ids`."""
+    block = config.tuning.soft_prompt_tuning
+    if block is None or not block.enabled:
+        return None
+    return SoftPrompt(block.num_tokens, block.init_range)
+
+
+def init_ids(config: Config, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The ids that a soft prompt starts from: init_string's, repeated or cut to num_tokens; none without init_string.
+
+    Raises: ConfigError if the tokenizer makes no token of it.
+    """
+    block = config.tuning.soft_prompt_tuning
+    if block is None or not block.enabled or not block.init_string:
+        return ()
+    ids = tokenizer.encode(block.init_string)
+    if not ids:
+        raise ConfigError(
+            f"{config.origin('soft_prompt_tuning.init_string')}: soft_prompt_tuning.init_string = "
+            f"{block.init_string!r} has no token in this tokenizer. Use another text, or remove it."
+        )
+    return tuple(ids[place % len(ids)] for place in range(block.num_tokens))
 
 
 def width_scaling(config: Config) -> WidthScaling | None:

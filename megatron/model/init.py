@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
+from megatron.model.soft_prompt import SOFT_PROMPT_WEIGHT
 from megatron.model.spec import ModelSpec
 from megatron.model.width_scaling import init_factor
-from megatron.parallel.init import fill_from
+from megatron.parallel.init import fill_from, named_generator
 from megatron.parallel.process_groups import ProcessGroups
 
 Draw = Callable[[torch.Tensor, torch.Generator], object]
@@ -38,6 +39,19 @@ def _scaled(draw: Draw, factor: float) -> Draw:
         tensor.mul_(factor)
 
     return draw if factor == 1.0 else scaled
+
+
+def _prompt(spec: ModelSpec, draw_words: Draw, seed: int) -> Draw:
+    """Of virtual tokens: the initial embeddings of the given words, or uniform."""
+    prompt = spec.soft_prompt
+    assert prompt is not None
+    if not prompt.init_ids:
+        return lambda tensor, generator: nn.init.uniform_(
+            tensor, -prompt.init_range, prompt.init_range, generator=generator
+        )
+    words = torch.empty((spec.padded_vocab_size, spec.hidden_size), device="cpu")
+    draw_words(words, named_generator(seed, "embedding.word_embeddings.weight"))
+    return lambda tensor, generator: tensor.copy_(words[list(prompt.init_ids)] * spec.input_scale)
 
 
 def draw_method(name: str, spec: ModelSpec) -> Draw:
@@ -84,6 +98,8 @@ def initialize_parameters(
             parameter.fill_(0.0)
         elif name.endswith(".lora.a"):
             fill_from(parameter, name, _uniform_by_width, seed=seed, tp_rank=groups.tp_rank, tp_size=groups.tp_size)
+        elif name == SOFT_PROMPT_WEIGHT:
+            fill_from(parameter, name, _prompt(spec, inner, seed), seed=seed, tp_rank=0, tp_size=1)
         elif name.endswith(".bias"):
             parameter.fill_(0.0)
         elif parameter.dim() == 1:

@@ -8,6 +8,8 @@ megatron.parallel.random_streams.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -21,7 +23,7 @@ from megatron.model.spec import ModelSpec
 from megatron.ops.activations import activation_function
 from megatron.ops.position_bias import sinusoids
 from megatron.ops.rotary import RotaryTable
-from megatron.parallel.collectives import enter_region, gather_sequence, leave_region, split_sequence
+from megatron.parallel.collectives import enter_region, leave_region, split_sequence
 from megatron.parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -36,9 +38,12 @@ class WordEmbedding(VocabParallelEmbedding):
     """Token ids [B, T] to hidden states [B, T, H]."""
 
     def __init__(self, spec: ModelSpec, groups: ProcessGroups, stream: RandomStream | None = None) -> None:
+        if spec.soft_prompt is not None:
+            # The prompt's layer divides the sequence, when both are together.
+            groups = replace(groups, sequence_parallel=False)
         super().__init__(spec.padded_vocab_size, spec.hidden_size, groups=groups)
-        # With added positions the dropout comes after the sum, in their layer.
-        probability = 0.0 if spec.has_position_layer else spec.hidden_dropout
+        # Dropout is the last layer's business: of those that add positions or a prompt, where there are any.
+        probability = 0.0 if spec.has_position_layer or spec.soft_prompt is not None else spec.hidden_dropout
         self.dropout = Dropout(probability, stream, is_divided=groups.sequence_parallel)
         self.scale = spec.input_scale
 
@@ -175,8 +180,3 @@ class Head(nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """The identity, so that a pipeline may hold the head as its last layer. Shapes: [B, T, H] -> [B, T, H]."""
         return hidden
-
-
-def whole_sequences(hidden: torch.Tensor, groups: ProcessGroups) -> torch.Tensor:
-    """The normed hidden states as the loss takes them: all tokens on every rank. Shapes: -> [B, S, H]."""
-    return gather_sequence(hidden, groups)

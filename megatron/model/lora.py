@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from megatron.model.dropout import Dropout
+from megatron.model.soft_prompt import SOFT_PROMPT_WEIGHT
 from megatron.model.spec import ModelSpec
 from megatron.parallel.layers import ColumnParallelLinear, LowRankUpdate, RowParallelLinear, SharedColumnLinear
 from megatron.parallel.process_groups import ProcessGroups
@@ -50,14 +51,15 @@ def is_update(name: str) -> bool:
 def is_trained(name: str, spec: ModelSpec, train: Sequence[str], freeze: Sequence[str]) -> bool:
     """Whether a parameter learns: patterns (`*`, `?`, `[...]`) of public names, `freeze` before `train`.
 
-    Without `train`: the low-rank matrices where there are any, and a head of labels; else everything.
+    Without `train`: what low-rank updates and soft prompts add, where there are any, and a head of labels; else
+    everything.
     """
     if any(fnmatch.fnmatchcase(name, pattern) for pattern in freeze):
         return False
-    if spec.lora is not None and is_update(name):
+    if is_update(name) or name == SOFT_PROMPT_WEIGHT:
         return True
-    if spec.lora is not None and spec.task != "causal_lm" and name.startswith("head."):
+    if spec != spec.base and spec.task != "causal_lm" and name.startswith("head."):
         return True  # a new head has nothing to update
-    if train or spec.lora is not None:
+    if train or spec != spec.base:
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in train)
     return True

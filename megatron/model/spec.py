@@ -7,7 +7,7 @@ and no process. Invariant: two equal specs describe the same function of the sam
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 Norm = Literal["layernorm", "rmsnorm", "scalenorm", "non_parametric_layernorm"]
@@ -51,6 +51,20 @@ class LowRank:
     alpha: float
     targets: tuple[str, ...]
     dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class SoftPrompt:
+    """Virtual tokens before every sequence, trained in the weights' stead (Lester et al. 2021, arXiv 2104.08691).
+
+    num_tokens: how many. They come before the text's tokens and take the positions 0 .. num_tokens - 1.
+    init_range: they start uniform between -init_range and init_range; init_ids: they start as these words' embeddings,
+    one id for each, where given.
+    """
+
+    num_tokens: int
+    init_range: float = 0.5
+    init_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -104,6 +118,7 @@ class ModelSpec:
     task, num_labels: causal_lm predicts the next token; the others have a head of num_labels outputs of its own:
         for the last token of a sequence, for every token, or for the start and the end of an answer.
     lora: low-rank updates beside the weights, or None.
+    soft_prompt: virtual tokens before every sequence, or None.
     embedding_scale: what the word embeddings are multiplied with (scale_embeddings: sqrt(H), with mup the base's H).
     mup: multipliers of the widths over those of a base model, or None. init_scale: all matrices start that much larger.
     """
@@ -150,6 +165,7 @@ class ModelSpec:
     num_labels: int = 0
     mup: WidthScaling | None = None
     init_scale: float = 1.0
+    soft_prompt: SoftPrompt | None = None
 
     def __post_init__(self) -> None:
         # Frozen: what stands for something else is replaced once, here, so that equal models have equal specs.
@@ -169,6 +185,21 @@ class ModelSpec:
     def has_position_layer(self) -> bool:
         """Whether positions are added to the word embeddings, by a layer of their own."""
         return self.position in ("learned", "sinusoidal")
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Positions that a soft prompt takes before those of the text."""
+        return self.soft_prompt.num_tokens if self.soft_prompt else 0
+
+    @property
+    def max_text_positions(self) -> int:
+        """Tokens of the longest text."""
+        return self.max_positions - self.num_virtual_tokens
+
+    @property
+    def base(self) -> ModelSpec:
+        """The model without what fine-tuning has put beside its weights."""
+        return replace(self, lora=None, soft_prompt=None)
 
     @property
     def input_scale(self) -> float:
@@ -220,6 +251,9 @@ class ModelSpec:
             values["lora"] = LowRank(**{**lora, "targets": tuple(lora["targets"])})
         if isinstance(values.get("mup"), dict):
             values["mup"] = WidthScaling(**values["mup"])
+        if isinstance(values.get("soft_prompt"), dict):
+            prompt = values["soft_prompt"]
+            values["soft_prompt"] = SoftPrompt(**{**prompt, "init_ids": tuple(prompt["init_ids"])})
         if values.get("window_layers") is not None:
             values["window_layers"] = tuple(values["window_layers"])
         return cls(**values)

@@ -31,10 +31,13 @@ def forward_pass(engine: TrainEngine, length: int | None = None) -> dict[str, An
     """The loss of the made-up sequence, in nats per token, and how it was computed. Collective.
 
     length: tokens; unset, as many as the model has positions, rounded down to a power of two (which sequence
-    parallelism can divide).
+    parallelism can divide), or to a multiple of the ranks where a soft prompt leaves nothing of that.
     """
     spec, rows = engine.spec, engine.options.micro_batch_size
-    length = length or min(_LONGEST, 1 << (spec.max_positions.bit_length() - 1))
+    positions = min(_LONGEST, 1 << (spec.max_positions.bit_length() - 1))
+    if positions <= spec.num_virtual_tokens:
+        positions = spec.max_positions - spec.max_positions % engine.groups.tp_size
+    length = length or positions - spec.num_virtual_tokens
     generator = torch.Generator().manual_seed(0)
     text = torch.randint(spec.vocab_size, (_LONGEST + 1,), generator=generator)[: length + 1].expand(rows, -1)
     # The same sequence on every row and replica: their mean does not depend on how many there are.
@@ -55,7 +58,7 @@ def check_forward(engine: TrainEngine, reader: AnyReader, report: Callable[[str]
     if stored is None:
         report(f"warning: {reader.folder} was saved without {key}: there is no result to compare with")
         return
-    if groups.sequence_parallel and stored["tokens"] % groups.tp_size:
+    if groups.sequence_parallel and (stored["tokens"] + engine.spec.num_virtual_tokens) % groups.tp_size:
         report(
             f"warning: {key}: the stored pass of {stored['tokens']} tokens does not divide over {groups.tp_size} "
             "sequence-parallel ranks: not compared"

@@ -18,10 +18,10 @@ from megatron.convert.neox_layers import GroupedLayout
 from megatron.convert.open import foreign_folder, open_weights
 from megatron.engine.state import import_optimizer, import_weights
 from megatron.engine.train_engine import TrainEngine
-from megatron.model.build import HEAD
-from megatron.model.lora import is_update
+from megatron.model.soft_prompt import SOFT_PROMPT_WEIGHT
 from megatron.model.spec import ModelSpec
 from megatron.optim.schedule import LearningRateSchedule
+from megatron.training.additions import agreed_fields, is_added, is_kept, source_of
 from megatron.training.forward_check import check_forward
 from megatron.training.saving import Position, share
 
@@ -39,8 +39,6 @@ _FREE_FIELDS = frozenset(
         "init_scale",
     }
 )
-# What a head for labels changes of the language model that it is put on.
-_HEAD_FIELDS = ("task", "num_labels", "tied_head", "head_bias")
 # Names of one optimizer: their states are the same.
 _OPTIMIZER_FAMILIES = {"adamw": "adam", "cpu_adam": "adam", "cpu_torch_adam": "adam"}
 _SHOWN_CHARACTERS = 60
@@ -120,11 +118,14 @@ def restore_run(
         _check_facts(reader, facts)
         if options.with_optimizer:
             _check_optimizer(reader, facts)
-    import_weights(engine, reader, keeps=lambda name: _is_added(reader, engine.spec, name))
+    spec = engine.spec
+    import_weights(engine, source_of(reader, spec), keeps=lambda name: is_kept(reader, spec, name))
     if options.checks_forward:
         check_forward(engine, reader, report)
     if options.weights_only:
-        report(f"weights from {reader.folder}; step, optimizer, schedule and data start anew (finetune)")
+        goes_on = spec.soft_prompt is not None and not is_added(reader, spec, SOFT_PROMPT_WEIGHT)
+        prompt = "; its soft prompt goes on from what it was" if goes_on else ""
+        report(f"weights from {reader.folder}; step, optimizer, schedule and data start anew (finetune){prompt}")
         return Position()
     known = {field.name for field in fields(Position)}
     position = Position(**{name: value for name, value in reader.state["position"].items() if name in known})
@@ -234,35 +235,12 @@ def _base_spec(spec: ModelSpec) -> ModelSpec:
     """The plain language model that a fine-tuned one starts from, as another program would have saved it."""
     if spec.task != "causal_lm":
         spec = replace(spec, task="causal_lm", num_labels=0, head_bias=False)
-    return replace(spec, lora=None)
-
-
-def _is_added(reader: AnyReader, spec: ModelSpec, name: str) -> bool:
-    """Whether the run adds a parameter to those that were saved: a low-rank update, or a head for another task."""
-    saved = reader.state.get("model_spec", {})
-    if is_update(name):
-        return saved.get("lora") is None
-    return name.startswith(f"{HEAD}.") and saved.get("task", "causal_lm") == "causal_lm" != spec.task
+    return spec.base
 
 
 def _check_model(reader: AnyReader, spec: ModelSpec, weights_only: bool) -> None:
     saved = _readable(reader.state.get("model_spec", {}))
-    mine = spec.to_dict()
-    if saved.get("lora") is not None and mine["lora"] is None:
-        raise CheckpointError(
-            f"{reader.folder} has low-rank updates (LoRA), the config has none. Set the lora keys to those of that "
-            "run, or merge the updates into the weights first: tools/ckpts/merge_lora.py."
-        )
-    if saved.get("lora") is None and mine["lora"] is not None and not weights_only:
-        raise CheckpointError(
-            f"{reader.folder} has no low-rank updates (LoRA), the config has lora_rank. Set finetune: true to start "
-            "training updates of these weights."
-        )
-    if weights_only and saved.get("lora") is None:
-        mine["lora"] = None
-    if weights_only and saved.get("task") == "causal_lm":
-        for name in _HEAD_FIELDS:
-            mine[name] = saved.get(name)
+    mine = agreed_fields(reader, saved, spec.to_dict(), weights_only)
     theirs, ours = _by_width_key(saved), _by_width_key(mine)
     if theirs["use_mup"] != ours["use_mup"]:
         # That says it all.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from megatron.engine.setup import engine_options, topology
 from megatron.engine.statistics import Statistics, StatisticsOptions
 from megatron.engine.train_engine import TrainEngine
 from megatron.model.build import parameter_names
-from megatron.model.from_config import model_spec
+from megatron.model.from_config import init_ids, model_spec
 from megatron.model.lora import is_trained
 from megatron.model.recompute import Recompute
 from megatron.model.spec import ModelSpec
@@ -101,7 +101,7 @@ def _build(config: Config, asked: Callable[[], int], device: torch.device) -> Ru
     train, valid, test = _loaders(config, groups, tokenizer, datasets)
     reporter = build_reporter(config, plan, groups, device)
     reporter.message(f"{groups.topology}, {config.precision.precision}, {device.type}: {describe(config)}")
-    engine = build_engine(config, groups, device)
+    engine = build_engine(config, groups, device, init_ids(config, tokenizer))
     facts: dict[str, Any] = {
         "train data": datasets.train.fingerprint,
         "tokenizer": tokenizer.fingerprint,
@@ -216,9 +216,16 @@ def run_plan(config: Config) -> RunPlan:
     )
 
 
-def build_engine(config: Config, groups: ProcessGroups, device: torch.device) -> TrainEngine:
-    """Model, optimizer and DeepSpeed, with initial weights of the config's seed."""
+def build_engine(
+    config: Config, groups: ProcessGroups, device: torch.device, prompt_ids: tuple[int, ...] = ()
+) -> TrainEngine:
+    """Model, optimizer and DeepSpeed, with initial weights of the config's seed.
+
+    prompt_ids: the words that a soft prompt starts from, one for each virtual token; none: it starts at random.
+    """
     chosen, spec = config.optimizer, model_spec(config)
+    if spec.soft_prompt is not None:
+        spec = replace(spec, soft_prompt=replace(spec.soft_prompt, init_ids=prompt_ids))
     rule = update_rule(chosen.type)
     return TrainEngine(
         spec,

@@ -79,6 +79,8 @@ MORE: list[tuple[int, dict[str, Any]]] = [
     (1, FULL | {"checkpoint_num_layers": 2}),
     (1, BRAIN | {"norm": "rmsnorm"}),
     (1, {"norm": "scalenorm"}),
+    (1, {"soft_prompt_tuning": {"num_tokens": 32}, "max_position_embeddings": 96}),
+    (2, {"soft_prompt_tuning": {"num_tokens": 32}, "max_position_embeddings": 96, "hidden_dropout": 0.1} | STAGED),
     (1, {"lora_rank": 4, "lora_dropout": 0.1}),
     (2, ZERO_2 | {"freeze_parameters": ["embedding.*", "head.*", "layers.[01].*"]}),
     (1, {"norm": "non_parametric_layernorm", "pos_emb": "learned", "no_weight_tying": False}),
@@ -109,7 +111,8 @@ def check(ranks: Ranks, tmp_path: Path, world_size: int, changes: dict[str, Any]
     for one in found:
         estimate = estimate_stage(config, one.stage)
         for name, size in one.components.items():
-            assert estimate.components.get(name, size) == pytest.approx(size, rel=0.02), name
+            # abs: a pipeline stage has two numbers without meaning (megatron.engine.modules.stage_fillers).
+            assert estimate.components.get(name, size) == pytest.approx(size, rel=0.02, abs=64), name
         if one.stage == 0:
             # What a forward pass leaves: activations of a micro-batch and the gradients that the loss makes at once.
             # (On later stages the first of it is what was received before.)

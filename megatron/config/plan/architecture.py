@@ -14,8 +14,9 @@ from typing import Any
 from megatron.config.schema import ModelSection
 
 # The classes of megatron.model: pipe_partition_method finds layers by these names.
-WORD_EMBEDDING, POSITIONS, BLOCK, NORM, HEAD = (
+WORD_EMBEDDING, SOFT_PROMPT, POSITIONS, BLOCK, NORM, HEAD = (
     "WordEmbedding",
+    "SoftPromptEmbedding",
     "PositionEmbedding",
     "TransformerBlock",
     "Norm",

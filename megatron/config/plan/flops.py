@@ -13,7 +13,8 @@ feed-forward width, S sequence, V vocabulary rows:
 
 Norms, rotations, activations, the softmax and the optimizer are left out; recomputed activations are not counted, so a
 utilisation made from this is that of the model (MFU), not of the hardware. Frozen weights count as if they learnt;
-low-rank updates are a term of their own, 2 R (in + out) for each layer that has one. Invariant: no term depends on the
+low-rank updates are a term of their own, 2 R (in + out) for each layer that has one. A soft prompt makes S longer, and
+each token of the text bears its share of what its virtual tokens cost. Invariant: no term depends on the
 layout.
 Source: Kaplan et al. 2020 (arXiv 2001.08361) section 2.1 and Chowdhery et al. 2022 (arXiv 2204.02311) appendix B.
 """
@@ -29,9 +30,12 @@ FORWARD_AND_BACKWARD = 3
 def flops_terms(config: Config) -> dict[str, int]:
     """Forward FLOPs of one token over all layers, by term. Raises: ConfigError if the vocabulary is not known."""
     terms: dict[str, int] = {}
+    text, virtual = config.model.seq_length, config.tuning.num_virtual_tokens
     for layer in layers_of(config):
         for name, count in layer.flops:
-            terms[name] = terms.get(name, 0) + count
+            # The blocks work on virtual tokens too, which are spread over those of the text; the head does not.
+            passed = count if layer.name == "head" else count * (text + virtual) // text
+            terms[name] = terms.get(name, 0) + passed
     return terms
 
 

@@ -52,6 +52,7 @@ class Layout:
 class Job:
     """A model and how it learns. Units: bucket, persistence, live_parameters in elements.
 
+    model: its seq_length is what the blocks see, the virtual tokens of a soft prompt included.
     accumulates_apart: gradients add up in a buffer of their own (DeepSpeed's BF16 optimizer, ZeRO 1).
     """
 
@@ -77,7 +78,7 @@ class Job:
 
     @property
     def sequence(self) -> int:
-        """Tokens of a sequence."""
+        """Tokens of a sequence, virtual ones included."""
         length: int = self.model.seq_length
         return length
 
@@ -133,8 +134,9 @@ def job_of(config: Config) -> Job:
     precision = config.precision.precision
     accumulated = (config.deepspeed.data_types or {}).get("grad_accum_dtype")
     wide = precision != "fp16" if accumulated is None else accumulated in ("fp32", "float32")
+    virtual = config.tuning.num_virtual_tokens
     return Job(
-        model=config.model,
+        model=config.model.model_copy(update={"seq_length": config.model.seq_length + virtual}),
         tuning=config.tuning,
         rows=config.tokenizer.padded_vocab_size,
         precision=precision,

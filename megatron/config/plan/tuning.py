@@ -1,4 +1,4 @@
-"""Fine-tuning in a plan: low-rank updates beside the weights, and which parameters learn.
+"""Fine-tuning in a plan: low-rank updates and soft prompts beside the weights, and which parameters learn.
 
 Invariant: names, shapes and who learns are those of `megatron.model.lora` for the same keys.
 """
@@ -9,10 +9,11 @@ import fnmatch
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from megatron.config.plan.architecture import BLOCK, Kept, Layer, Parameter
+from megatron.config.plan.architecture import BLOCK, SOFT_PROMPT, Kept, Layer, Parameter
 from megatron.config.schema import ModelSection
 from megatron.config.schema.tuning import TuningSection
 
+_PROMPT = "soft_prompt.weight"
 # Row-parallel layers divide their inputs, all others their outputs.
 ROW_PARALLEL = ("dense", "linear2")
 
@@ -25,6 +26,12 @@ def tuned(layers: Sequence[Layer], model: ModelSection, tuning: TuningSection) -
         changed = _updated(layer, tuning, targets) if layer.kind == BLOCK and targets else layer
         parameters = tuple(replace(p, trained=_is_trained(p.name, tuning)) for p in changed.parameters)
         found.append(replace(changed, parameters=parameters))
+    if tuning.num_virtual_tokens:
+        # Behind the word embeddings, which leave the dropout to it.
+        table = Parameter(_PROMPT, (tuning.num_virtual_tokens, model.hidden_size), sharded=False)
+        table = replace(table, trained=_is_trained(_PROMPT, tuning))
+        found.insert(1, Layer("soft_prompt", SOFT_PROMPT, (table,), kept=found[0].kept))
+        found[0] = replace(found[0], kept=())
     return tuple(found)
 
 
@@ -78,15 +85,15 @@ def _pair_kept(tuning: TuningSection, into: int, rank: int, *, is_row: bool, in_
 
 
 def _is_trained(name: str, tuning: TuningSection) -> bool:
-    """Frozen patterns go first; low-rank matrices learn, and with them only what train_parameters names."""
+    """Frozen patterns go first; what fine-tuning adds learns, and with it only what train_parameters names."""
 
     def fits(patterns: list[str] | None) -> bool:
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns or ())
 
     if fits(tuning.freeze_parameters):
         return False
-    if tuning.lora_rank is not None and name.endswith((".lora.a", ".lora.b")):
+    if name.endswith((".lora.a", ".lora.b")) or name == _PROMPT:
         return True
-    if tuning.train_parameters or tuning.lora_rank is not None:
+    if tuning.train_parameters or tuning.lora_rank is not None or tuning.num_virtual_tokens:
         return fits(tuning.train_parameters)
     return True

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 from typing import Literal
 
-from megatron.config.schema.base import Float, Int, Section, key
+from megatron.config.schema.base import Block, Bool, Float, Int, Section, key
 
 LoraTarget = Literal[
     "all", "attention", "mlp", "query_key_value", "query", "key_value", "dense", "linear1", "linear2", "gate", "up"
 ]
 
 
+class SoftPromptBlock(Block):
+    """Virtual tokens before every sequence, whose embeddings are all that learns."""
+
+    enabled: Bool = key(True, "false: as if the block were not there.")
+    num_tokens: Int = key(10, "Virtual tokens. With seq_length they must fit max_position_embeddings.", gt=0)
+    init_string: str = key(
+        "",
+        "They start as the word embeddings of this text's tokens, repeated or cut to num_tokens. Unset: at random.",
+    )
+    init_range: Float = key(0.5, "They start uniform between -init_range and init_range.", gt=0)
+
+
 class TuningSection(Section):
-    """Fine-tuning: low-rank updates, frozen parameters."""
+    """Fine-tuning: low-rank updates, soft prompts, frozen parameters."""
 
     lora_rank: Int | None = key(
         None,
@@ -30,12 +42,27 @@ class TuningSection(Section):
         ours=True,
         min_length=1,
     )
+    soft_prompt_tuning: SoftPromptBlock | None = key(
+        None,
+        "Train a soft prompt (prompt tuning): virtual tokens before every sequence, in place of the weights. With load "
+        "and finetune, it is made for the model of the checkpoint. Unset: none.",
+    )
     train_parameters: list[str] | None = key(
         None,
         "Train only parameters whose name fits one of these patterns (*, ?, [...]), such as layers.3.* or head.*. "
-        "Unset: all; with LoRA: only the updates.",
+        "Unset: all; with LoRA and soft prompts: only what they add.",
         ours=True,
     )
     freeze_parameters: list[str] | None = key(
         None, "Keep parameters as they are whose name fits one of these patterns, such as embedding.*.", ours=True
     )
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Tokens that a soft prompt adds to every sequence."""
+        return virtual_tokens(self.soft_prompt_tuning)
+
+
+def virtual_tokens(block: SoftPromptBlock | None) -> int:
+    """Tokens that a soft prompt adds to every sequence; 0 without one."""
+    return block.num_tokens if block is not None and block.enabled else 0

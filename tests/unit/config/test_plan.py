@@ -31,6 +31,8 @@ VARIATIONS = [
     {"head_dim": 12, "no_weight_tying": True, "use_bias_in_head": True, "pos_emb": "sinusoidal", "num_kv_heads": 3},
     {"lora_rank": 3, "lora_targets": ["query_key_value", "mlp"], "num_kv_heads": 2, "activation": "swiglu"},
     {"lora_rank": 2, "freeze_parameters": ["layers.1.*"], "train_parameters": ["head.*"], "no_weight_tying": True},
+    {"soft_prompt_tuning": {"num_tokens": 5}, "max_position_embeddings": 40},
+    {"soft_prompt_tuning": {"num_tokens": 8}, "max_position_embeddings": 40, "lora_rank": 2, "pos_emb": "rotary"},
     {"use_qk_layernorm": True, "gpt_j_residual": True, "gpt_j_tied": True, "activation": "geglu_tanh"},
 ]
 

@@ -26,6 +26,7 @@ SWITCHES = [
     {"norm": "scalenorm", "pos_emb": "alibi", "use_bias_in_qkv": False},
     {"norm": "non_parametric_layernorm", "pos_emb": "rpe", "rpe_num_buckets": 8},
     {"lora_rank": 3, "lora_targets": ["query_key_value", "mlp"], "num_kv_heads": 2, "activation": "swiglu"},
+    {"soft_prompt_tuning": {"num_tokens": 8}, "max_position_embeddings": 40, "num_kv_heads": 2},
     {"use_qk_layernorm": True, "sliding_window_width": 5, "activation": "geglu_tanh", "scale_embeddings": True},
 ]
 

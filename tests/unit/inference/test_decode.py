@@ -15,7 +15,7 @@ from megatron.inference.decode import DecodeSettings, PromptTooLongError, decode
 from megatron.inference.load import load_model
 from megatron.inference.sampling import Sampling
 from megatron.model.build import Transformer
-from megatron.model.spec import WidthScaling
+from megatron.model.spec import SoftPrompt, WidthScaling
 from megatron.parallel.process_groups import ProcessGroups
 from megatron.parallel.topology import Topology
 from tests.unit.convert.small_models import save_model, small_model
@@ -33,6 +33,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "muP": {"mup": WidthScaling(12, 40, 2, 2, 6, embedding_mult=1.4, attention_temp=0.3, output_temp=0.2)},
     "window of one layer": {"window": 3, "window_layers": (1,), "num_kv_heads": 1},
     "gpt-j": {"rotary_interleaved": True, "head_bias": True, "residual": "parallel_tied", "qkv_bias": False},
+    "soft prompt": {"soft_prompt": SoftPrompt(6)},
+    "soft prompt, learned positions": {"soft_prompt": SoftPrompt(3), "position": "learned", "rotary_dims": 0},
+    "soft prompt, alibi, window": {"soft_prompt": SoftPrompt(9), "position": "alibi", "rotary_dims": 0, "window": 4},
     "qwen3": {"norm": "rmsnorm", "qk_norm": True, "head_dim": 8, "num_kv_heads": 2, "activation": "swiglu"},
 }
 
@@ -101,6 +104,16 @@ def test_the_callers_rule_and_the_last_position_end_a_row() -> None:
     assert [len(prompt) + len(completion.ids) for prompt, completion in zip(PROMPTS, full, strict=True)] == [40] * 5
     assert not any(completion.finished for completion in full)
     assert full[2].ids == greedy(model, PROMPTS[2], 31)[0]
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_soft_prompt_takes_positions(use_cache: bool) -> None:
+    model = small_model(soft_prompt=SoftPrompt(7))
+    done = decode(model, PROMPTS, DecodeSettings(max_new_tokens=100, use_cache=use_cache))
+    assert [len(prompt) + len(completion.ids) for prompt, completion in zip(PROMPTS, done, strict=True)] == [33] * 5
+    assert done[2].ids == greedy(model, PROMPTS[2], 24)[0]
+    with pytest.raises(PromptTooLongError, match="prompt 0 has 33 tokens; the model has 33 positions"):
+        decode(model, [[1] * 33], DecodeSettings())
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
