@@ -104,7 +104,7 @@ class PromptOfWords:
         if name != SOFT_PROMPT_WEIGHT:
             return self._reader.read_shard(name, kind, tp_rank, tp_size, start, stop, **wanted)
         words = self._reader.read_shard(f"{WORD_EMBEDDING}.weight", kind, 0, 1).view(-1, self._spec.hidden_size)
-        return (words[self._ids].float() * self._spec.embedding_scale).flatten()[start:stop]
+        return (words[self._ids].float() * self._spec.input_scale).flatten()[start:stop]
 
 
 def source_of(reader: AnyReader, spec: ModelSpec) -> TensorSource:

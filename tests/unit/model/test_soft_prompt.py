@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron.model.build import Transformer, build_model
-from megatron.model.spec import ModelSpec, SoftPrompt
+from megatron.model.spec import ModelSpec, SoftPrompt, WidthScaling
 from megatron.parallel.process_groups import ProcessGroups
 from megatron.parallel.topology import Topology
 from tests.unit.convert.small_models import small_model
@@ -17,6 +17,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rotary": {},
     "learned": {"position": "learned", "rotary_dims": 0, "position_offset": 2},
     "sinusoidal, scaled": {"position": "sinusoidal", "rotary_dims": 0, "embedding_scale": 6.5},
+    "muP": {"mup": WidthScaling(12, 40, 2, 2, 6, embedding_mult=1.4, position_mult=0.7), "position": "learned"},
     "relative": {"position": "rpe", "rotary_dims": 0, "num_kv_heads": 2},
     "alibi, window": {"position": "alibi", "rotary_dims": 0, "window": 4},
     "labels": {"task": "token_classification", "num_labels": 3, "head_bias": True},
