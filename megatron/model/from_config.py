@@ -16,8 +16,11 @@ _HEAD_BIAS = {"sequence_classification": False, "token_classification": True, "q
 _TANH = {"gelu": "gelu_tanh", "geglu": "geglu_tanh"}
 
 
-def model_spec(config: Config) -> ModelSpec:
-    """Read the architecture keys. All rules between them were checked when the config was loaded."""
+def model_spec(config: Config, prompt_ids: tuple[int, ...] = ()) -> ModelSpec:
+    """Read the architecture keys. All rules between them were checked when the config was loaded.
+
+    prompt_ids: what a soft prompt starts from (`init_ids`); it matters to training alone.
+    """
     model, tokenizer, mup = config.model, config.tokenizer, width_scaling(config)
     residual: Residual = "sequential"
     if model.gpt_j_residual:
@@ -65,7 +68,7 @@ def model_spec(config: Config) -> ModelSpec:
         window=model.sliding_window_width,
         window_layers=None if model.sliding_window_layers is None else tuple(sorted(model.sliding_window_layers)),
         lora=low_rank(config),
-        soft_prompt=soft_prompt(config),
+        soft_prompt=soft_prompt(config, prompt_ids),
         mup=mup,
         init_scale=config.width.mup_init_scale,
         embedding_scale=math.sqrt(mup.hidden_size if mup else model.hidden_size) if model.scale_embeddings else 1.0,
@@ -96,12 +99,12 @@ def low_rank(config: Config) -> LowRank | None:
     return LowRank(tuning.lora_rank, tuning.lora_alpha, tuple(sorted(targets)), tuning.lora_dropout)
 
 
-def soft_prompt(config: Config) -> SoftPrompt | None:
+def soft_prompt(config: Config, ids: tuple[int, ...] = ()) -> SoftPrompt | None:
     """The virtual tokens that the config asks for. What init_string means is the tokenizer's business: `init_ids`."""
     block = config.tuning.soft_prompt_tuning
     if block is None or not block.enabled:
         return None
-    return SoftPrompt(block.num_tokens, block.init_range)
+    return SoftPrompt(block.num_tokens, block.init_range, ids)
 
 
 def init_ids(config: Config, tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -223,9 +223,7 @@ def build_engine(
 
     prompt_ids: the words that a soft prompt starts from, one for each virtual token; none: it starts at random.
     """
-    chosen, spec = config.optimizer, model_spec(config)
-    if spec.soft_prompt is not None:
-        spec = replace(spec, soft_prompt=replace(spec.soft_prompt, init_ids=prompt_ids))
+    chosen, spec = config.optimizer, model_spec(config, prompt_ids)
     rule = update_rule(chosen.type)
     return TrainEngine(
         spec,

@@ -69,13 +69,13 @@ def inference_memory(job: Job, config: Config, purpose: Purpose, tp: int) -> Inf
     """The memory of one of `tp` tensor-parallel ranks."""
     model, generation, word = job.model, config.generation, job.word
     layers = job.layers(tp)
-    rows, prompt, positions = config.batch.train_micro_batch_size_per_gpu, model.seq_length, model.seq_length
+    rows, prompt, positions = config.batch.train_micro_batch_size_per_gpu, job.sequence, job.sequence
     if purpose == "generate":
         rows = 1 if generation.text_gen_type == "interactive" else GENERATED_TOGETHER
         positions = model.max_position_embeddings
         if generation.text_gen_type == "unconditional":
             rows = min(rows, generation.num_samples)
-            positions = min(positions, 1 + generation.maximum_tokens)
+            positions = min(positions, config.tuning.num_virtual_tokens + 1 + generation.maximum_tokens)
         # Without a cache the last pass is over everything; with it, the first is the longest.
         prompt = positions if generation.recompute else max(1, positions - generation.maximum_tokens)
     heads = max(model.num_kv_heads // tp, 1)

@@ -49,6 +49,7 @@ VARIATIONS = [
     {"gpt_j_residual": True, "pos_emb": "rotary", "no_weight_tying": True, "precision": "bfloat16"},
     {"recompute": True, "sliding_window_width": 9},
     {**LARGE_VOCABULARY, "precision": "bfloat16", "temperature": 1.0, "top_p": 0.9},
+    {"soft_prompt_tuning": {"num_tokens": 24}, "max_position_embeddings": 120},
     {"text_gen_type": "unconditional", "num_samples": 3, "sample_input_file": None, "maximum_tokens": 60},
 ]
 TYPES = {"fp32": torch.float32, "bfloat16": torch.bfloat16}
@@ -67,7 +68,7 @@ def loaded(config: Config) -> Transformer:
 def test_generation_keeps_what_the_plan_says(changes: dict[str, Any]) -> None:
     config = configured(changes)
     estimate, model, keys = estimate_inference(config, "generate"), loaded(config), config.generation
-    prompt = estimate.positions - keys.maximum_tokens
+    prompt = estimate.positions - config.tuning.num_virtual_tokens - keys.maximum_tokens
     settings = DecodeSettings(
         max_new_tokens=keys.maximum_tokens,
         sampling=Sampling(keys.temperature, keys.top_k, keys.top_p),
@@ -80,11 +81,12 @@ def test_generation_keeps_what_the_plan_says(changes: dict[str, Any]) -> None:
     assert estimate.components["weights"] == weights
 
 
-@pytest.mark.parametrize("changes", VARIATIONS[:5])
+@pytest.mark.parametrize("changes", VARIATIONS[:6])
 def test_evaluation_keeps_what_the_plan_says(changes: dict[str, Any]) -> None:
     config = configured(changes)
     estimate, model = estimate_inference(config, "evaluate"), loaded(config)
-    rows = [Continuation([1] * (estimate.positions + 1), estimate.positions)] * estimate.rows
+    length = estimate.positions - config.tuning.num_virtual_tokens
+    rows = [Continuation([1] * (length + 1), length)] * estimate.rows
     with LiveMemory() as memory:
         score_batch(model, rows)
     assert estimate.tensors == pytest.approx(memory.peak, rel=0.1)
