@@ -18,8 +18,8 @@ from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 
 from megatron.common.heartbeat import beat
 from megatron.data.loader import Batch
+from megatron.engine.construction import build_module, fill, zero_3_division
 from megatron.engine.modules import (
-    LossModule,
     StagedModule,
     counted,
     deepspeed_topology,
@@ -29,8 +29,7 @@ from megatron.engine.modules import (
 )
 from megatron.engine.options import EngineOptions, LossNormalization, deepspeed_config
 from megatron.engine.step_guard import Judge, StepGuard, accept_finite
-from megatron.model.build import NO_RECOMPUTE, Transformer, choose_attention, is_block
-from megatron.model.init import initialize_parameters
+from megatron.model.build import NO_RECOMPUTE, choose_attention, is_block
 from megatron.model.recompute import Recompute
 from megatron.model.spec import ModelSpec
 from megatron.parallel.process_groups import ProcessGroups
@@ -100,34 +99,29 @@ class TrainEngine:
         self.is_fully_sharded = options.zero_stage == 3
         self.seed = seed
         self.stream = seed_streams(seed, groups, device)
-        with torch.device(device):
-            self.module: LossModule | StagedModule = (
-                StagedModule(spec, groups, self.stream, partition_method=options.partition_method, recompute=recompute)
-                if self.is_staged
-                else LossModule(Transformer(spec, groups, self.stream, recompute))
-            )
+        self.module = build_module(spec, groups, self.stream, options, device, recompute)
         choose_attention(self.module, options.attention_backend, device, options.dtype)
         if compile_blocks:
             # Block by block: all share one graph, and what DeepSpeed does between layers stays outside of it.
             for layer in self.module.modules():
                 if is_block(layer):
                     layer.compile(dynamic=False)
-        self.named_parameters = public_names(self.module)
-        initialize_parameters(self.named_parameters, spec, groups, seed)
-        for name, parameter in self.named_parameters:
-            parameter.requires_grad_(is_trained(name))
-        num_parameters = sum(parameter.numel() for _, parameter in self.named_parameters)
-        if self.is_fully_sharded:
-            for owner, parameter in external_parameters(self.module):
-                deepspeed.zero.register_external_parameter(owner, parameter)
         mpu = None
         if not self.is_staged and groups.tp_size > 1:
             mpu = PipelineParallelGrid(topology=deepspeed_topology(groups.topology))
+        num_parameters = sum(parameter.numel() for _, parameter in public_names(self.module))
+        config = deepspeed_config(options, groups, num_parameters)
+        divide = zero_3_division(config, options.dtype, mpu) if self.is_fully_sharded else None
+        fill(self.module, spec, groups, seed=seed, is_trained=is_trained, divide=divide, device=device)
+        self.named_parameters = public_names(self.module)
+        if self.is_fully_sharded:
+            for owner, parameter in external_parameters(self.module):
+                deepspeed.zero.register_external_parameter(owner, parameter)
         self.deepspeed: Any
         self.deepspeed, *_ = deepspeed.initialize(
             model=self.module,
             optimizer=optimizer_factory(self.named_parameters + stage_fillers(self.module)),
-            config=deepspeed_config(options, groups, num_parameters),
+            config=config,
             mpu=mpu,
             dist_init_required=False,
         )

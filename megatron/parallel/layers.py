@@ -20,9 +20,9 @@ from megatron.parallel.sharding import ShardSpec, get_shard_spec, set_shard_spec
 
 
 def sharded_parameter(logical_shape: tuple[int, ...], dim: int | None, tp_size: int) -> nn.Parameter:
-    """An uninitialised parameter of this rank's shard, in fp32 on the default device."""
+    """An uninitialised parameter of this rank's shard, of the default dtype on the default device."""
     spec = ShardSpec(logical_shape, dim)
-    return set_shard_spec(nn.Parameter(torch.empty(spec.shard_shape(tp_size), dtype=torch.float32)), spec)
+    return set_shard_spec(nn.Parameter(torch.empty(spec.shard_shape(tp_size))), spec)
 
 
 class LowRankUpdate(nn.Module):

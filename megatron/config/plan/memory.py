@@ -220,8 +220,6 @@ def _moments(job: Job, layout: Layout, size: StageSize, stage: int) -> dict[str,
             "activations": 0,
             "communication buckets": max(bucket, _step_bytes(job, layout, trained)),
         },
-        # The model is made in fp32, whole on every rank, before DeepSpeed converts and divides it.
-        "start": {"weights": 4 * numel + states["weights"] if layout.zero == 3 else 4 * numel},
     }
     if layout.zero == 3:
         moments["optimizer step"]["gathered weights"] = size.small * word
