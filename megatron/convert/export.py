@@ -23,7 +23,7 @@ from megatron.common.files import atomic_write_text, fsync_directory
 from megatron.convert.families import FAMILIES, family_for
 from megatron.convert.family import Family
 from megatron.convert.foreign import ORIGIN, AnyReader, ForeignReader
-from megatron.convert.hf_folder import CONFIG, MAX_FILE_BYTES, write_weights
+from megatron.convert.hf_folder import CONFIG, MAX_FILE_BYTES, is_finite, write_weights
 from megatron.convert.hf_reference import encode
 from megatron.convert.hf_tokenizer import carry_files, write_tokenizer
 from megatron.convert.logit_check import LogitCheck, check_logits
@@ -104,6 +104,7 @@ def export_checkpoint(
     temporary.mkdir(parents=True)
     try:
         tensor_bytes = write_weights(temporary, source.described, source.get, max_file_bytes)
+        del source  # and the tensors that it still holds
         for name, values in ((CONFIG, config), ("generation_config.json", ids)):
             atomic_write_text(temporary / name, json.dumps(values, indent=2) + "\n")
         # An imported model's own generation settings and tokenizer files lie beside its checkpoint.
@@ -200,7 +201,7 @@ class _Source:
 
     def _read(self, ours: str) -> torch.Tensor:
         tensor = self.reader.read(ours, rows=self.rows.get(ours), dtype=self.dtype)
-        if not torch.isfinite(tensor).all():
+        if not is_finite(tensor):
             dtype = self.dtype
             why = "it is not finite" + (
                 f" or beyond the range of {dtype}" if dtype not in (None, torch.float32) else ""

@@ -23,6 +23,8 @@ from megatron.common.files import atomic_write, atomic_write_text
 MAX_FILE_BYTES = 5 * 10**9
 CONFIG = "config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# Of one look at a part of a large tensor.
+PORTION_NUMEL = 1 << 24
 _PICKLED, _PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 Described = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
@@ -72,6 +74,12 @@ def _write_file(path: Path, described: Described, get: Callable[[str], torch.Ten
             assert tuple(tensor.shape) == tuple(shape), name
             assert tensor.dtype == dtype, name
             stream.write(host_bytes(tensor))
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all values are, found a few rows at a time: of a large tensor the question itself would double it."""
+    rows = max(1, PORTION_NUMEL // max(1, tensor[:1].numel()))
+    return all(bool(torch.isfinite(part).all()) for part in tensor.split(rows))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from megatron.common.files import atomic_write_text, fsync_directory
 from megatron.convert.families import family_of_config
 from megatron.convert.family import EMBEDDING, Family
 from megatron.convert.foreign import ORIGIN
-from megatron.convert.hf_folder import CONFIG, HFWeights, read_json
+from megatron.convert.hf_folder import CONFIG, HFWeights, is_finite, read_json
 from megatron.convert.hf_tokenizer import carry_files
 from megatron.convert.logit_check import LogitCheck, check_logits
 from megatron.convert.recipes import Group
@@ -106,6 +106,10 @@ class HFSource:
             self._last = (group, dict(zip(group.ours, group.recipe.to_native(parts), strict=True)))
         return self._last[1][name] if dtype is None else self._last[1][name].to(dtype)
 
+    def forget(self) -> None:
+        """Give back the memory of the group that was read last."""
+        self._last = None
+
     def _check_names(self) -> None:
         found, family = set(self.weights.names()), self.family
         groups = family.all_groups(self.spec)
@@ -184,6 +188,7 @@ def import_folder(
             expected_names=source.names(),
         )
         reader = Reader(temporary / "global_step0")
+        source.forget()
         check = check_logits(reader, source.spec, source.family, source.folder, dtype, scratch=temporary)
         carried = carry_files(source.folder, temporary)
         text = yaml_text(source.spec, output.absolute(), carried, source.folder, next(iter(kinds.values())))
@@ -208,7 +213,7 @@ def _piece(source: HFSource, name: str, kind: torch.dtype, dtype: torch.dtype | 
 
 def _finite(source: HFSource, name: str, dtype: torch.dtype | None) -> torch.Tensor:
     tensor = source.read(name, dtype)
-    if not torch.isfinite(tensor).all():
+    if not is_finite(tensor):
         why = "it is not finite" if dtype is None else f"it is not finite or beyond the range of {dtype}"
         raise CheckpointError(f"tensor {name} of {source.folder}: {why}. Use --precision bf16 or fp32.")
     return tensor

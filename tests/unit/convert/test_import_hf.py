@@ -22,10 +22,10 @@ from megatron.convert.export import export_checkpoint
 from megatron.convert.families import FAMILIES
 from megatron.convert.hf_folder import INDEX, SINGLE, HFWeights
 from megatron.convert.import_hf import import_folder, read_spec, read_weights
-from megatron.convert.logit_check import check_logits
+from megatron.convert.logit_check import check_logits, prompts
 from megatron.convert.yaml_config import yaml_text
 from megatron.model.from_config import model_spec
-from tests.parity.hf_models import MODELS, make
+from tests.parity.hf_models import MODELS, VOCAB, make
 
 TOKENIZER = {
     "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "pre_tokenizer": None,
@@ -169,6 +169,17 @@ def test_a_large_model_is_compared_in_runs_of_layers(tmp_path: Path, run_bytes: 
     with pytest.raises(CheckpointError, match="the first to differ is layer 2"):
         check_logits(reader, spec, FAMILIES["qwen2"], tmp_path / "hf", None, scratch=tmp_path, run_bytes=run_bytes)
     assert not list(tmp_path.glob("layers-*"))
+
+
+@pytest.mark.parametrize(("tensor", "ours"), [("model.embed_tokens", "embedding.word"), ("lm_head", "head.weight")])
+def test_rows_that_no_prompt_has_are_compared_too(tmp_path: Path, tensor: str, ours: str) -> None:
+    make("llama-2", tmp_path / "hf")
+    import_folder(tmp_path / "hf", tmp_path / "native")
+    reader, spec = Reader(tmp_path / "native/global_step0"), read_spec(tmp_path / "hf")
+    row = next(number for number in range(VOCAB) if number not in prompts(spec, 1234))
+    change_tensors(tmp_path / "hf", lambda tensors: tensors[f"{tensor}.weight"][row, 3:].neg_())
+    with pytest.raises(CheckpointError, match=rf"row {row} of {ours}.* is not that of {tensor}\.weight"):
+        check_logits(reader, spec, FAMILIES["llama"], tmp_path / "hf", None, scratch=tmp_path, run_bytes=1)
 
 
 @pytest.mark.parametrize("name", MODELS)
