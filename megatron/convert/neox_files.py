@@ -107,6 +107,13 @@ def open_neox(folder: Path, spec: ModelSpec, grouped: GroupedLayout | None = Non
     )
 
 
+def rank_arguments(folder: Path) -> dict[str, Any]:
+    """Sizes of the model that upstream noted in its mp_rank files; empty where there are none."""
+    path = folder / "mp_rank_00_model_states.pt"
+    arguments = _load(path).get("args") if path.is_file() else None
+    return arguments if isinstance(arguments, dict) else {}
+
+
 def _is_neox(folder: Path) -> bool:
     return folder.is_dir() and any(
         pattern.fullmatch(path.name) for path in folder.iterdir() for pattern in (_LAYER_FILE, _RANK_FILE, _ZERO3_FILE)

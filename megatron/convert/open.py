@@ -19,8 +19,9 @@ from megatron.convert.family import FREE_FIELDS
 from megatron.convert.foreign import AnyReader, ForeignReader
 from megatron.convert.hf_folder import CONFIG
 from megatron.convert.import_hf import HFSource
-from megatron.convert.neox_files import find_neox_folder, open_neox
+from megatron.convert.neox_files import find_neox_folder, open_neox, rank_arguments
 from megatron.convert.neox_layers import GroupedLayout
+from megatron.convert.setup import require_same_model
 from megatron.model.spec import ModelSpec
 
 _FREE_FIELDS = FREE_FIELDS | {"vocab_size"}
@@ -40,7 +41,10 @@ def _open_foreign(folder: Path, spec: ModelSpec | None, grouped: GroupedLayout |
     if not (folder / CONFIG).is_file():
         if spec is None:
             raise CheckpointError(f"{folder} is a GPT-NeoX checkpoint, which does not say its model: give its YAML too")
-        return open_neox(folder, spec, grouped)
+        described = require_same_model(folder, spec, rank_arguments(folder))
+        reader = open_neox(folder, spec, grouped)
+        reader.note = described + reader.note
+        return reader
     source = HFSource(folder)
     if spec is not None:
         _require_same(folder, spec, source.spec)

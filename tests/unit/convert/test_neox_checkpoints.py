@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from megatron.common.errors import CheckpointError
 from megatron.convert.neox_export import export_neox
 from megatron.convert.neox_files import find_neox_folder, open_neox
+from megatron.convert.open import open_weights
 from megatron.inference.load import load_model
 from megatron.model.build import Transformer
 from tests.unit.convert.small_models import save_model, small_model
@@ -258,3 +260,70 @@ def test_damage_is_named(tmp_path: Path) -> None:
     path.write_bytes(good[: len(good) // 2])
     with pytest.raises(CheckpointError, match=r"layer_03-model_00.*cut short"):
         open_neox(folder, model.spec)
+
+
+# What small_model() is, in upstream's words; the rest at upstream's defaults.
+OWN_YAML = """
+"num-layers": 3
+"hidden-size": 48
+"num-attention-heads": 4
+"intermediate-size": 100
+"seq-length": 40
+"max-position-embeddings": 40
+"layernorm-epsilon": 1.0e-6
+"pos-emb": "rotary"
+"rotary-pct": 0.34
+"rotary-emb-base": 1000
+"gpt-j-residual": true
+"no-weight-tying": true
+"init-method": "small_init"
+"attention-config": [[["flash"], 3]]
+"pipe-parallel-size": 4
+"a-key-of-tomorrow": 1
+"""
+
+
+@pytest.mark.parametrize(("written", "changed", "told"), [
+    ("", {"rotary_dims": 12}, r"rotary_pct: the checkpoint 0\.33.*, config 1\.0"),
+    ("", {"rotary_base": 10000.0}, r"rotary_emb_base: the checkpoint 1000\.0, config 10000\.0"),
+    ("", {"norm_eps": 1e-5}, "layernorm_epsilon: the checkpoint 1e-06, config 1e-05"),
+    ("", {"residual": "sequential"}, "gpt_j_residual: the checkpoint True, config False"),
+    ("", {"residual": "parallel_tied"}, "gpt_j_tied: the checkpoint False, config True"),
+    ("", {"activation": "relu"}, "activation: the checkpoint 'gelu', config 'relu'"),
+    ("", {"activation": "silu", "residual": "sequential"}, r"gpt_j_residual: .*\n|activation: .*'silu'"),
+    ('"bias-gelu-fusion": true', {}, r"bias_gelu_fusion \(activation\): the checkpoint 'gelu_tanh', config 'gelu'"),
+    ("", {"num_heads": 8, "num_kv_heads": 8, "rotary_dims": 2}, "num_attention_heads: the checkpoint 4, config 8"),
+    ("", {"window": 7}, "sliding_window_width: the checkpoint None, config 7"),
+    ("norm: rmsnorm", {}, "norm: the checkpoint 'rmsnorm', config 'layernorm'"),
+    ("activation: softsign-of-old", {}, "activation"),
+])  # fmt: skip
+@pytest.mark.parametrize("beside", [False, True])
+def test_what_the_checkpoint_says_of_itself_is_believed(
+    tmp_path: Path, written: str, changed: dict[str, Any], told: str, beside: bool
+) -> None:
+    model = small_model()
+    folder = write_layers(tmp_path / "global_step7", layer_states(model, 1, NEW))
+    own = (tmp_path if beside else folder) / "configs"
+    own.mkdir()
+    (own / "own.yml").write_text(f"{OWN_YAML}{written}\n")
+    notes: list[str] = []
+    if not written:
+        # Another tokenizer's vocabulary, and other kernels, are no other model.
+        spec = dataclasses.replace(model.spec, vocab_size=60, init_method="normal", attention_dropout=0.1)
+        assert open_weights(folder, spec, report=notes.append).step == 7
+        assert notes[0].endswith(f"as the configured model, as {own / 'own.yml'} describes it")
+    with pytest.raises(CheckpointError, match=told):
+        open_weights(folder, dataclasses.replace(model.spec, **changed), report=notes.append)
+    if beside:
+        # A collection of configurations is not what this model was trained with.
+        (own / "another.yml").write_text("")
+        open_weights(folder, model.spec, report=notes.append)
+
+
+def test_the_sizes_in_rank_files_are_believed(tmp_path: Path) -> None:
+    model = small_model()
+    folder = write_layers(tmp_path / "global_step7", layer_states(model, 1, NEW))
+    arguments = {"num_layers": 3, "hidden_size": 48, "num_attention_heads": 8, "tokenizer_type": "HFTokenizer"}
+    torch.save({"module": None, "args": arguments}, folder / "mp_rank_00_model_states.pt")
+    with pytest.raises(CheckpointError, match="num_attention_heads: the mp_rank files 8, config 4"):
+        open_weights(folder, model.spec)
