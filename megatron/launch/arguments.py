@@ -6,6 +6,7 @@ Reads no file. Invariant: a flag that is not given changes nothing.
 from __future__ import annotations
 
 import argparse
+import difflib
 from typing import Any, NoReturn
 
 from megatron.common.errors import ConfigError
@@ -29,8 +30,31 @@ OVERRIDING_FLAGS = {
 class Parser(argparse.ArgumentParser):
     """An argparse parser whose mistakes are ConfigErrors like all others."""
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's; what it does not know is answered with what was probably meant."""
+        options, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(self._about(unknown))
+        return options
+
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}\n{self.format_usage().strip()}")
+
+    def _about(self, unknown: list[str]) -> str:
+        message = f"unrecognized arguments: {' '.join(unknown)}"
+        settings = [text for text in unknown if "=" in text and not text.startswith("-")]
+        if settings and "--set" in self._option_string_actions:
+            repeated = " ".join(f"--set {text}" for text in settings)
+            return f"{message}. --set takes one KEY=VALUE, and is repeated: {repeated}"
+        if not any(text.startswith("-") for text in unknown):
+            return f"{message}. Configuration files stand together, right behind the script"
+        flag, _, value = next((text for text in unknown if text.startswith("-")), "").partition("=")
+        if near := difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.8):
+            return f"{message}. Did you mean {near[0]}?"
+        key = flag.lstrip("-").replace("-", "_")
+        if key and "--set" in self._option_string_actions:
+            return f"{message}. Keys of the configuration are set so: --set {key}={value or 'VALUE'}"
+        return message
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
