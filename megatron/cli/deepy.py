@@ -31,6 +31,14 @@ from megatron.launch.submit import add_submit_flags, own_command, request_of, su
 
 INFERENCE_SCRIPTS: dict[str, Purpose] = {"generate": "generate", "evaluate": "evaluate", "eval": "evaluate"}
 VERIFY_RESUME = "verify-resume"
+EXAMPLES = """\
+examples:
+  ./deepy.py --plan train.py configs/125M.yml                  what it needs, and whether it fits; starts nothing
+  ./deepy.py train.py configs/125M.yml configs/local_setup.yml --set train_iters=100
+  ./deepy.py generate.py configs/125M.yml -i prompts.txt -o samples.txt
+  ./deepy.py --doctor configs/125M.yml                         what this machine has and lacks for the run
+  ./deepy.py --submit --nodes 4 --gpus-per-node 8 --time 24:00:00 train.py configs/20B.yml
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,10 +52,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A program of its own, because it imports torch.
         script = Path(__file__).resolve().parents[2] / "tools" / "verify_resume.py"
         os.execv(sys.executable, [sys.executable, "-u", str(script), *argv[1:]])
-    parser = Parser(prog="deepy.py", description="Start a script on every process of a run.", allow_abbrev=False)
+    parser = Parser(
+        prog="deepy.py",
+        description="Start a script on every process of a run.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument(
         "user_script",
-        help="train.py, generate.py, evaluate.py your own, or verify-resume: is a continued run the same?",
+        help="train.py, generate.py, evaluate.py or one of your own; verify-resume: is a continued run the same?",
     )
     parser.add_argument("conf_file", nargs="+", help="configuration files; .yml is appended where it is missing")
     add_plan_flags(parser)
