@@ -8,7 +8,7 @@ Invariant: no document is divided between two samples; one longer than a sample 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -70,6 +70,17 @@ class DocumentDataset:
             build,
         )
         self._fingerprint = content_key(*parts, len(self.document_order), len(self.sample_order))
+        self.parts: dict[str, Any] = {
+            "tokens": indexed.fingerprint,
+            "labels": label_fingerprint,
+            "documents": f"{start} to {stop}",
+            "seq_length": seq_length,
+            "seed": seed,
+            "documents of all epochs": len(self.document_order),
+            "samples": len(self.sample_order),
+            "pack_impl": packing,
+            "allow_chopped": allow_chopped,
+        }
 
     def __len__(self) -> int:
         return len(self.sample_order)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -43,6 +43,10 @@ class TokenDataset(Protocol):
     @property
     def fingerprint(self) -> str:
         """Changes whenever any sample may have changed."""
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """What the samples follow from, by name, as JSON values: it tells why a fingerprint has changed."""
 
     def read_into(self, sample_ids: np.ndarray, tokens: np.ndarray, labels: np.ndarray | None) -> None:
         """Copy samples into rows. Shapes: sample_ids [B], tokens and labels [B, S + 1] of any integer type."""
@@ -101,6 +105,15 @@ class PackedDataset:
         self._fingerprint = content_key(
             "packed", indexed.fingerprint, label_fingerprint, start, stop, seq_length, seed, num_epochs
         )
+        self.parts: dict[str, Any] = {
+            "tokens": indexed.fingerprint,
+            "labels": label_fingerprint,
+            "documents": f"{start} to {stop}",
+            "seq_length": seq_length,
+            "seed": seed,
+            "epochs": num_epochs,
+            "pack_impl": "packed",
+        }
         key = content_key("packed", indexed.fingerprint, start, stop, seq_length, seed, num_epochs)
 
         def build() -> Sequence[np.ndarray]:
@@ -176,7 +189,10 @@ class BlendedDataset:
                     f"data set {index} of the blend has {len(dataset):,} samples, its weight calls for {count:,}."
                 )
         # Without num_samples: the turns of a shorter blend are a prefix of those of a longer one.
-        self._fingerprint = content_key("blend", [d.fingerprint for d in datasets], normalise_weights(weights).tolist())
+        shares = normalise_weights(weights).tolist()
+        self._fingerprint = content_key("blend", [d.fingerprint for d in datasets], shares)
+        self.parts: dict[str, Any] = {f"data set {index}": dataset.parts for index, dataset in enumerate(datasets)}
+        self.parts["weights"] = shares
 
     def __len__(self) -> int:
         return len(self.dataset_ids)

@@ -215,8 +215,9 @@ def _report(failed: Rank, code: int) -> None:
         # Ended on request: the rank has said what there is to say.
         return
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
+    hint = " The system does that where memory runs out." if code == -signal.SIGKILL else ""
     words = "" if failed.reports.has(failed.number) else "".join(failed.last_words).strip()
-    _print(f"\n{failed.name} {how}, the first to do so." + (f" Its last words:\n{words}" if words else "") + "\n")
+    _print(f"\n{failed.name} {how}, the first to do so.{hint}" + (f" Its last words:\n{words}" if words else "") + "\n")
 
 
 def _print(text: str) -> None:

@@ -56,13 +56,14 @@ _WIDTH_KEYS = {
 class LoadOptions:
     """Where to continue from, and which parts to take.
 
-    grouped: as in `open_neox`.
+    grouped: as in `open_neox`. allow_changed_data: other training data is told instead of refused.
     checks_forward: run the pass that the checkpoint stored the result of (see megatron.training.forward_check).
     """
 
     folder: Location | None
     step: int | None = None
     allow_fresh_start: bool = False
+    allow_changed_data: bool = False
     weights_only: bool = False
     grouped: GroupedLayout | None = None
     with_optimizer: bool = True
@@ -115,7 +116,7 @@ def restore_run(
 ) -> Position:
     """Take from an opened checkpoint what the options ask for. Collective. Returns and raises as `load_run`."""
     if not options.weights_only:
-        _check_facts(reader, facts)
+        _check_facts(reader, facts, report if options.allow_changed_data else None)
         if options.with_optimizer:
             _check_optimizer(reader, facts)
     spec = engine.spec
@@ -273,21 +274,57 @@ def _readable(saved: dict[str, Any]) -> dict[str, Any]:
         return saved
 
 
-def _check_facts(reader: AnyReader, facts: dict[str, Any]) -> None:
+def _check_facts(reader: AnyReader, facts: dict[str, Any], tell_changed_data: Report | None) -> None:
+    """Refuse what has changed; other training data is told instead where `tell_changed_data` is given."""
     saved = reader.state.get("facts", {})
     differing = [
         f"{name}: then {saved[name]!r}, now {facts[name]!r}"
-        for name in sorted(saved.keys() & facts.keys() - {OPTIMIZER})
+        for name in sorted(saved.keys() & facts.keys() - {OPTIMIZER, TRAIN_DATA})
         if saved[name] != facts[name]
     ]
-    if differing:
+    data = _changed_data(saved.get(TRAIN_DATA), facts.get(TRAIN_DATA))
+    if data and tell_changed_data is not None:
+        tell_changed_data(
+            f"warning: the {data}. The run goes on in the new order, behind as many samples as were read in the old "
+            "one (allow_changed_data): some may come again, others not at all"
+        )
+        data = ""
+    if differing or data:
+        way = ", or allow_changed_data: true to go on with this data" if not differing else ""
         raise CheckpointError(
             f"the run has changed since {reader.folder} was written, so its data order cannot be continued:\n  "
-            + "\n  ".join(differing)
-            + "\nPut it back as it was, or set finetune: true to take the weights and start a new run."
+            + "\n  ".join([*filter(None, [data]), *differing])
+            + f"\nPut it back as it was, or set finetune: true to take the weights and start a new run{way}."
         )
 
 
+# What a name in a data set's parts has to do with the configuration.
+_REASONS = {
+    "epochs": "as many as train_iters needs; all of them are shuffled as one",
+    "documents of all epochs": "as many as train_iters needs; all of them are shuffled as one",
+    "documents": "split",
+    "tokens": "the content of the data files",
+    "labels": "the content of the label files",
+}
+
+
+def _changed_data(then: Any, now: Any) -> str:
+    """In words how the training data has changed; empty if its order is the same."""
+    if not (isinstance(then, dict) and isinstance(now, dict)) or then["fingerprint"] == now["fingerprint"]:
+        return ""
+    lines = changed_settings(
+        *({name: value for name, value in parts.items() if name != "fingerprint"} for parts in (then, now))
+    )
+    named = []
+    for line in lines:
+        reason = _REASONS.get(line.split(": ")[0].rsplit(".", 1)[-1])
+        named.append(f"{line} ({reason})" if reason else line)
+    added = sorted(then.keys() ^ now.keys())
+    named += [f"{name}: only {'then' if name in then else 'now'}" for name in added]
+    return "train data has changed: " + "; ".join(named or ["its fingerprint"])
+
+
+TRAIN_DATA = "train data"
 OPTIMIZER = "optimizer"
 
 

@@ -53,6 +53,7 @@ from megatron.training.reliability.watchdog import start_watchdog
 from megatron.training.reporting import Reporter
 from megatron.training.resuming import (
     OPTIMIZER,
+    TRAIN_DATA,
     LoadOptions,
     ScheduleSource,
     changed_settings,
@@ -103,7 +104,7 @@ def _build(config: Config, asked: Callable[[], int], device: torch.device) -> Ru
     reporter.message(f"{groups.topology}, {config.precision.precision}, {device.type}: {describe(config)}")
     engine = build_engine(config, groups, device, init_ids(config, tokenizer))
     facts: dict[str, Any] = {
-        "train data": datasets.train.fingerprint,
+        TRAIN_DATA: {"fingerprint": datasets.train.fingerprint, **datasets.train.parts},
         "tokenizer": tokenizer.fingerprint,
         OPTIMIZER: config.optimizer.type,
     }
@@ -331,6 +332,7 @@ def load_options(config: Config) -> LoadOptions:
         folder=location(checkpoint.load) if checkpoint.load else None,
         step=checkpoint.iteration,
         allow_fresh_start=checkpoint.allow_fresh_start,
+        allow_changed_data=checkpoint.allow_changed_data,
         weights_only=checkpoint.finetune,
         grouped=checkpoint.upstream_gqa_layout,
         with_optimizer=not checkpoint.no_load_optim,

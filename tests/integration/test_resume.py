@@ -183,7 +183,7 @@ def test_other_facts_are_refused_with_the_difference(ranks: Ranks, tmp_path: Pat
     longer = {"train_iters": 4}
 
     def refusal(**changes: Any) -> str:
-        result = ranks(told_run, 1, str(write_config(tmp_path, **longer, **changes)))[0]
+        result = ranks(told_run, 1, str(write_config(tmp_path, **{**longer, **changes})))[0]
         assert result["error"], changes
         return str(result["error"])
 
@@ -191,9 +191,15 @@ def test_other_facts_are_refused_with_the_difference(ranks: Ranks, tmp_path: Pat
     message = refusal(optimizer=sgd)
     assert "trained with the optimizer adam, the configuration says sgd" in message
     assert "no_load_optim" in message
-    assert "train data: then" in refusal(seed=99)
-    assert "train data: then" in refusal(seq_length=8)
-    assert "train data: then" in refusal(split="7,2,1")
+    for change, words in (
+        ({"seed": 99}, "train data has changed: seed: 1234 then, 99 now\n"),
+        ({"seq_length": 8}, "train data has changed: seq_length: 9 then, 8 now\n"),
+        ({"split": "7,2,1"}, " now (split)"),
+        ({"train_iters": 40}, "epochs: 1 then, 3 now (as many as train_iters needs; all of them are shuffled as one)"),
+    ):
+        message = refusal(**{**longer, **change})
+        assert words in message
+        assert "allow_changed_data: true to go on with this data" in message
     for changes, words in (
         ({"hidden_size": 32}, "hidden_size: checkpoint 16, config 32"),
         ({"norm": "rmsnorm"}, "norm: checkpoint 'layernorm', config 'rmsnorm'"),
@@ -205,6 +211,14 @@ def test_other_facts_are_refused_with_the_difference(ranks: Ranks, tmp_path: Pat
         assert words in refusal(**changes)
     started = ranks(told_run, 1, str(write_config(tmp_path, optimizer=sgd, no_load_optim=True, **longer)))[0]
     assert started["start"] == 2
+    # A run made longer by epochs, on purpose: everything but the order goes on, and its own checkpoints are as good.
+    more = {"train_iters": 40, "exit_interval": 5, "allow_changed_data": True, "optimizer": sgd}
+    first = ranks(told_run, 1, str(write_config(tmp_path, **more)))[0]
+    assert (first["start"], len(first["losses"])) == (4, 1)
+    assert "warning: the train data has changed: epochs: 1 then, 3 now" in first["said"]
+    assert "as many samples as were read" in first["said"]
+    second = ranks(told_run, 1, str(write_config(tmp_path, **{**more, "allow_changed_data": False})))[0]
+    assert (second["start"], second["error"]) == (5, None)
 
 
 def test_another_tokenizer_of_the_same_size_is_refused(ranks: Ranks, tmp_path: Path) -> None:

@@ -16,18 +16,20 @@ from tests.integration.run_cases import checkpoint_tensors, train_run, write_con
 
 Ranks = Callable[..., list[Any]]
 ROOT = Path(__file__).parents[2]
-# train.py, but for what happens to rank 1 before its fifth step, once.
+# train.py, but for what happens to rank 1 before the fifth step of the first starts, something else each time.
 SCRIPT = """
-import os, signal
+import os, signal, time
 from pathlib import Path
 from megatron.common.interpreter import run_command
 from megatron.engine.train_engine import TrainEngine
 step, steps, done = TrainEngine.train_step, [], Path(__file__).with_suffix(".done")
+what = WHAT
 def watched(*arguments):
     steps.append(1)
-    if len(steps) == 5 and os.environ["RANK"] == "1" and not done.exists():
-        done.touch()
-        WHAT
+    count = len(done.read_text()) if done.exists() else 0
+    if len(steps) == 5 and os.environ["RANK"] == "1" and count < len(what):
+        done.write_text("x" * (count + 1))
+        exec(what[count])
     return step(*arguments)
 TrainEngine.train_step = watched
 run_command("megatron.cli.train")
@@ -35,9 +37,9 @@ run_command("megatron.cli.train")
 CHANGES = {"cpu_processes": 2, "device": "cpu", "checkpoint_factor": 2, "train_iters": 40, "eval_interval": 100}
 
 
-def deepy(folder: Path, what: str, config: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+def deepy(folder: Path, what: list[str], config: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     script = folder / f"{config.stem}.py"
-    script.write_text(SCRIPT.replace("WHAT", what))
+    script.write_text(SCRIPT.replace("WHAT", repr(what)))
     ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     clean = {name: value for name, value in os.environ.items() if name not in ranks}
     return subprocess.run(
@@ -45,26 +47,31 @@ def deepy(folder: Path, what: str, config: Path, *flags: str) -> subprocess.Comp
         env={**clean, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=200,
         check=False,
     )
 
 
-def test_a_killed_rank_and_a_stop_of_the_launcher(ranks: Ranks, tmp_path: Path) -> None:
+def test_a_killed_rank_a_hanging_one_and_a_stop_of_the_launcher(ranks: Ranks, tmp_path: Path) -> None:
     ranks(train_run, 2, str(write_config(tmp_path, "whole", **CHANGES)))
     expected = checkpoint_tensors(tmp_path / "whole")
 
     # load is unset: only a restart knows to go on from the run's own checkpoints.
-    config = write_config(tmp_path, "killed", **CHANGES, load=None, allow_fresh_start=None)
-    done = deepy(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)", config, "--max-restarts", "2")
+    config = write_config(
+        tmp_path, "killed", **CHANGES, load=None, allow_fresh_start=None, watchdog_timeout_s=10
+    )  # fmt: skip
+    happens = ["os.kill(os.getpid(), signal.SIGKILL)", "time.sleep(600)"]
+    done = deepy(tmp_path, happens, config, "--max-restarts", "2")
     assert done.returncode == 0, done.stderr
-    restart = f"restart 1 of 2 after exit code 137: from {tmp_path}/killed/global_step4, in 1 s"
-    assert [line for line in done.stderr.splitlines() if "restart" in line] == [restart]
+    assert [line for line in done.stderr.splitlines() if "restart" in line] == [
+        f"restart 1 of 2 after exit code 137: from {tmp_path}/killed/global_step4, in 1 s",
+        f"restart 2 of 2 after exit code 7: from {tmp_path}/killed/global_step8, in 1 s",
+    ]
     assert f"continuing from {tmp_path}/killed/global_step4" in done.stdout
     assert _equal(checkpoint_tensors(tmp_path / "killed"), expected)
 
     config = write_config(tmp_path, "stopped", **{**CHANGES, "checkpoint_factor": 1000})
-    done = deepy(tmp_path, "os.kill(os.getppid(), signal.SIGTERM)", config, "--max-restarts", "2")
+    done = deepy(tmp_path, ["os.kill(os.getppid(), signal.SIGTERM)"], config, "--max-restarts", "2")
     assert done.returncode == 143, done.stderr
     step = find(tmp_path / "stopped").step
     assert 5 <= step < 40

@@ -20,6 +20,11 @@ class CheckpointSection(Section):
         None, "Folder or fsspec address to continue from. Finding none there is an error unless allow_fresh_start."
     )
     allow_fresh_start: Bool = key(False, "Start from step 0 when load holds no checkpoint yet.", ours=True)
+    allow_changed_data: Bool = key(
+        False,
+        "Go on although the training data, or the order it is read in, is another than the checkpoint's.",
+        ours=True,
+    )
     iteration: Int | None = key(None, "Step of the checkpoint to load. Unset: the newest.", unit="steps", ge=0)
     checkpoint_scale: Literal["linear", "log"] = key(
         "linear", "linear: every checkpoint_factor steps; log: at its powers."
