@@ -114,17 +114,9 @@ def _build(config: Config, asked: Callable[[], int], device: torch.device) -> Ru
     saver = Saver(engine, save_options(config, facts, about), reporter.message)
     saver.check_folder()
     run = Run(
-        engine,
-        plan,
-        schedule,
-        train,
-        valid,
-        test,
-        reporter,
-        saver,
-        position,
+        engine, plan, schedule, train, valid, test, reporter, saver, position,
         stop=StopRequest(asked, limit_mins=config.training.exit_duration_in_mins),
-    )
+    )  # fmt: skip
     run.anomalies = AnomalyPolicy(anomaly_options(config))
     _add_watchers(run, config, groups, tokenizer)
     if config.training.check_replicas:

@@ -102,7 +102,8 @@ def test_a_killed_rank_ends_the_run_on_every_node(cluster: Cluster, tmp_path: Pa
         job.communicate()
     assert job.returncode == 128 + signal.SIGKILL, out + err
     assert err.rstrip().endswith(
-        "rank 3 on node2 was ended by SIGKILL, the first to do so. The system does that where memory runs out. Its last words:\nwords of rank 3"
+        "rank 3 on node2 was ended by SIGKILL, the first to do so. The system does that where memory runs out. "
+        "Its last words:\nwords of rank 3"
     )
     assert SECRET not in out + err
     wait_for(lambda: not processes(str(tmp_path)), "no process is left", 5)
