@@ -71,7 +71,9 @@ def _processor_vendor() -> str:
 class _OneDnnLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        # A frozen weight has no gradient that would ask for the input: fine-tuning keeps that much less.
+        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
         return multiply_transposed(x, weight, bias)
 
     @staticmethod

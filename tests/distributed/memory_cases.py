@@ -60,7 +60,10 @@ def _batches(config: Config, step: int) -> list[Batch]:
     shape = (config.batch.train_micro_batch_size_per_gpu, config.model.seq_length)
     found = []
     for _ in range(config.batch.gradient_accumulation_steps):
-        tokens, labels = (torch.randint(0, config.tokenizer.vocab_size, shape, generator=generator) for _ in range(2))
+        tokens = torch.randint(0, config.tokenizer.vocab_size, shape, generator=generator)
+        # Of labels, 0 and 1 exist everywhere; of answers, 1 is the start and 2 the end.
+        classes = config.tokenizer.vocab_size if config.model.task == "causal_lm" else 2
+        labels = torch.randint(0, classes, shape, generator=generator)
         found.append(Batch(tokens, labels, torch.ones(shape), list(range(shape[0]))))
     return found
 

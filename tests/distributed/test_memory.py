@@ -47,6 +47,9 @@ STAGED = {"pipe_parallel_size": 2, "gradient_accumulation_steps": 3}
 TWO, WITH_SEQUENCE = {"model_parallel_size": 2}, {"model_parallel_size": 2, "sequence_parallel": True}
 FULL, SELECTIVE = {"recompute_activations": "full"}, {"recompute_activations": "selective"}
 ONCE = {"gradient_accumulation_steps": 1}
+LABELLED = {"train_label_data_paths": ["l"], "pack_impl": "unpacked"} | {
+    f"{part}_data_paths": ["d"] for part in ("train", "valid", "test")
+}
 
 # (ranks, keys). The first list runs always, the second with the larger matrix.
 QUICK: list[tuple[int, dict[str, Any]]] = [
@@ -58,7 +61,8 @@ QUICK: list[tuple[int, dict[str, Any]]] = [
     (2, STAGED | BRAIN),
     (2, WITH_SEQUENCE),
     (1, FULL | ONCE),
-    (1, {"lora_rank": 4}),
+    (1, {"lora_rank": 4, "lora_targets": ["attention"], "gradient_accumulation_steps": 1}),
+    (1, LABELLED | {"task": "token_classification", "num_labels": 5} | ONCE),
     (1, SELECTIVE | {"gpt_j_residual": False, "hidden_dropout": 0.1}),
 ]
 MORE: list[tuple[int, dict[str, Any]]] = [
@@ -81,7 +85,20 @@ MORE: list[tuple[int, dict[str, Any]]] = [
     (1, {"norm": "scalenorm"}),
     (1, {"soft_prompt_tuning": {"num_tokens": 32}, "max_position_embeddings": 96}),
     (2, {"soft_prompt_tuning": {"num_tokens": 32}, "max_position_embeddings": 96, "hidden_dropout": 0.1} | STAGED),
+    (1, {"lora_rank": 4}),
     (1, {"lora_rank": 4, "lora_dropout": 0.1}),
+    *((1, {"lora_rank": 4, "lora_targets": targets} | ONCE) for targets in (["query_key_value"], ["mlp"], ["dense"])),
+    (1, {"lora_rank": 4, "lora_targets": ["attention"], "lora_dropout": 0.1} | LLAMA | ONCE),
+    (1, {"lora_rank": 4, "lora_targets": ["query"], "activation": "relu", "num_kv_heads": 2} | ONCE),
+    (2, {"lora_rank": 4, "lora_targets": ["attention"]} | TWO | ONCE),
+    (1, {"lora_rank": 4, "lora_targets": ["attention"]} | BRAIN | FULL | ONCE),
+    (1, {"train_parameters": ["layers.*.mlp.linear2.*"]} | ONCE),
+    (1, {"train_parameters": ["*layernorm*"], "no_weight_tying": True} | ONCE),
+    (1, {"train_parameters": ["layers.[23].attention.*"], "gpt_j_residual": False} | ONCE),
+    (2, {"lora_rank": 4, "lora_targets": ["attention"]} | STAGED),
+    (1, LABELLED | {"task": "question_answering"} | ONCE),
+    (2, LABELLED | {"task": "sequence_classification", "num_labels": 3, "lora_rank": 4} | TWO),
+    (1, {"pos_emb": "none", "sliding_window_width": 16, "sliding_window_layers": [1], "num_kv_heads": 1} | ONCE),
     (2, ZERO_2 | {"freeze_parameters": ["embedding.*", "head.*", "layers.[01].*"]}),
     (1, {"norm": "non_parametric_layernorm", "pos_emb": "learned", "no_weight_tying": False}),
     (1, {"use_qk_layernorm": True}),

@@ -65,7 +65,8 @@ class Kept:
     size: elements of one token. divided: over the tensor-parallel ranks, always; over_tokens: only with sequence
     parallelism. in_attention: selective recomputation makes it again. word: bytes of an element, None for the
     activations' own. is_input: full recomputation keeps it, where a group begins. only_on: the device that needs it.
-    of_batch: all sequences of a micro-batch share it. only_half: needed in half precision alone.
+    of_batch: all sequences of a micro-batch share it. only_half: needed in half precision alone. needed_by: the places
+    of a block (`gradients`) of which one at least must want a gradient; none: always needed.
     """
 
     what: str
@@ -78,11 +79,12 @@ class Kept:
     only_on: str | None = None
     of_batch: bool = False
     only_half: bool = False
+    needed_by: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One entry of the layer list. flops: forward, of one token, by term."""
+    """One entry of the layer list. flops, backward: of one token, by term, in the forward and in the backward pass."""
 
     name: str
     kind: str
@@ -90,6 +92,7 @@ class Layer:
     flops: tuple[tuple[str, int], ...] = ()
     kept: tuple[Kept, ...] = ()
     ties: bool = False
+    backward: tuple[tuple[str, int], ...] = ()
 
     def numel_on_rank(self, tp: int) -> int:
         """Elements on one tensor-parallel rank."""
@@ -105,19 +108,34 @@ def architecture(model: ModelSection, rows: int, tp: int) -> tuple[Layer, ...]:
     embedding = Parameter("embedding.word_embeddings.weight", (rows, model.hidden_size), True)
     found = [Layer("embedding.word_embeddings", WORD_EMBEDDING, (embedding,), kept=tuple(_embedding_kept(model)))]
     found += _positions(model)
-    first = _block(model, tp)
+    blocks = {is_limited: _block(model, tp, is_limited) for is_limited in (False, True)}
     for index in range(model.num_layers):
-        named = tuple(
-            replace(p, name=f"layers.{index}.{p.name}", layer=index) for p in first.parameters
-        )  # the same shapes again
-        found.append(replace(first, name=f"layers.{index}", parameters=named))
+        block = blocks[_has_window(model, index)]
+        named = tuple(replace(p, name=f"layers.{index}.{p.name}", layer=index) for p in block.parameters)
+        found.append(replace(block, name=f"layers.{index}", parameters=named))
     # The next layer's input is kept by that layer; the final norm's own is the last block's output.
-    final = (Kept("input of the final norm", model.hidden_size, over_tokens=True), *_norm_kept(model, 1))
+    final = (Kept("input of the final norm", model.hidden_size, over_tokens=True), *_norm_kept(model))
     found.append(Layer("final_norm", NORM, tuple(_norm("final_norm", model)), kept=final))
-    product = (("vocabulary", 2 * model.hidden_size * rows),)
-    head = _head_parameters(model, rows) if model.no_weight_tying else ()
-    found.append(Layer("head", HEAD if head else WORD_EMBEDDING, head, product, ties=not head))
+    outputs = head_outputs(model, rows)
+    term = "vocabulary" if model.task == "causal_lm" else "labels"
+    product = ((term, 2 * model.hidden_size * outputs),)
+    head = _head_parameters(model, outputs) if model.no_weight_tying or model.task != "causal_lm" else ()
+    # Scores of answers keep the hidden states; other losses make the gradients at once.
+    is_span = model.task == "question_answering"
+    kept = (Kept("hidden states for the scores", model.hidden_size),) if is_span else ()
+    found.append(Layer("head", HEAD if head else WORD_EMBEDDING, head, product, kept, ties=not head))
     return tuple(found)
+
+
+def head_outputs(model: ModelSection, rows: int) -> int:
+    """Outputs of the head: the vocabulary's rows, or labels."""
+    labels: int | None = 2 if model.task == "question_answering" else model.num_labels
+    return rows if model.task == "causal_lm" else labels or 0
+
+
+def _has_window(model: ModelSection, layer: int) -> bool:
+    limited = model.sliding_window_layers
+    return model.sliding_window_width is not None and (limited is None or layer in limited)
 
 
 def _has_position_layer(model: ModelSection) -> bool:
@@ -140,26 +158,38 @@ def _positions(model: ModelSection) -> list[Layer]:
     return [Layer("embedding.position_embeddings", POSITIONS, parameters, kept=kept)]
 
 
-def _head_parameters(model: ModelSection, rows: int) -> tuple[Parameter, ...]:
-    weight = Parameter("head.weight", (rows, model.hidden_size), True)
-    return (weight, Parameter("head.bias", (rows,), True)) if model.use_bias_in_head else (weight,)
+def _head_parameters(model: ModelSection, outputs: int) -> tuple[Parameter, ...]:
+    # A head of labels is whole on every rank.
+    is_divided = model.task == "causal_lm"
+    weight = Parameter("head.weight", (outputs, model.hidden_size), is_divided)
+    # transformers has a bias there for these two tasks, and none for classes of sequences.
+    always = {"sequence_classification": False, "token_classification": True, "question_answering": True}
+    has_bias = always.get(model.task, model.use_bias_in_head)
+    return (weight, Parameter("head.bias", (outputs,), is_divided)) if has_bias else (weight,)
 
 
-def _block(model: ModelSection, tp: int) -> Layer:
+def _block(model: ModelSection, tp: int, has_window: bool) -> Layer:
     """One transformer block; its parameters are named within the block."""
     hidden, norms = model.hidden_size, 1 if model.gpt_j_tied else 2
     parameters = [*_norm("input_layernorm", model), *_attention_parameters(model, tp)]
     if not model.gpt_j_tied:
         parameters += _norm("post_attention_layernorm", model)
     parameters += _feed_forward_parameters(model)
-    kept = [Kept("block's input", hidden, over_tokens=True, is_input=True)]
+    readers = ("normed", "mlp input") if model.gpt_j_residual else ("normed",)
+    kept = [Kept("block's input", hidden, over_tokens=True, is_input=True, needed_by=readers)]
     if not model.gpt_j_residual:
-        kept.append(Kept("residual between attention and feed-forward", hidden, over_tokens=True))
+        residual = "residual between attention and feed-forward"
+        kept.append(Kept(residual, hidden, over_tokens=True, needed_by=("mlp input",)))
     # What a norm makes is the next matrices' input: gathered, so whole on every rank.
-    kept += [Kept("normed input", hidden)] * norms
-    kept += [*_norm_kept(model, norms), *_attention_kept(model, tp), *_feed_forward_kept(model)]
-    for where in ("attention's dropout", "feed-forward's dropout"):
-        kept += _dropout_kept(model, where, hidden)
+    first_readers = ("qkv's weight", "inner weight") if model.gpt_j_tied else ("qkv's weight",)
+    kept.append(Kept("normed input", hidden, needed_by=first_readers))
+    kept += _norm_kept(model, needed_by=("normed",), weight="first norm's weight")
+    if norms == 2:
+        kept.append(Kept("normed input", hidden, needed_by=("inner weight",)))
+        kept += _norm_kept(model, needed_by=("mlp input",), weight="second norm's weight")
+    kept += [*_attention_kept(model, tp, has_window), *_feed_forward_kept(model)]
+    kept += _dropout_kept(model, "attention's dropout", hidden, ("projected",))
+    kept += _dropout_kept(model, "feed-forward's dropout", hidden, ("leaves",))
     flops = (*_attention_flops(model), *_feed_forward_flops(model))
     return Layer("", BLOCK, tuple(parameters), flops, tuple(kept))
 
@@ -172,7 +202,14 @@ def _norm(name: str, model: ModelSection, size: int | None = None) -> Iterator[P
         yield Parameter(f"{name}.bias", (size,), False)
 
 
-def _norm_kept(model: ModelSection, count: int, size: int | None = None, *, divided: bool = False) -> Iterator[Kept]:
+def _norm_kept(
+    model: ModelSection,
+    size: int | None = None,
+    *,
+    divided: bool = False,
+    needed_by: tuple[str, ...] = (),
+    weight: str | None = None,
+) -> Iterator[Kept]:
     """What norms keep beside their input: layernorm two numbers, rmsnorm one, in kernels of one piece.
 
     scalenorm has no such kernel, rmsnorm none on a CPU: what is multiplied with the weight is kept as well, and in half
@@ -180,20 +217,22 @@ def _norm_kept(model: ModelSection, count: int, size: int | None = None, *, divi
     """
     size = size or model.hidden_size
     where: dict[str, Any] = {"divided": divided, "over_tokens": not divided, "in_attention": divided}
+    where["needed_by"] = needed_by
+    by_weight = {**where, "needed_by": (weight,) if weight else needed_by}
     heads = model.num_attention_heads + model.num_kv_heads if divided else 1
     numbers = 2 if "layernorm" in model.norm else 1
-    yield Kept("norm's statistics", count * numbers * heads, word=4, **where)
+    yield Kept("norm's statistics", numbers * heads, word=4, **where)
     if model.norm in ("rmsnorm", "scalenorm"):
         device = "cpu" if model.norm == "rmsnorm" else None
-        yield Kept("normed input before the weight", count * size * heads, only_on=device, **where)
-        yield Kept("norm's input in fp32", count * size * heads, word=4, only_on=device, only_half=True, **where)
+        yield Kept("normed input before the weight", size * heads, only_on=device, **by_weight)
+        yield Kept("norm's input in fp32", size * heads, word=4, only_on=device, only_half=True, **where)
 
 
-def _dropout_kept(model: ModelSection, what: str, size: int) -> Iterator[Kept]:
+def _dropout_kept(model: ModelSection, what: str, size: int, needed_by: tuple[str, ...] = ()) -> Iterator[Kept]:
     """The mask: a byte per element on a GPU, a factor on a CPU."""
     if model.hidden_dropout:
-        yield Kept(what, size, over_tokens=True, word=1, only_on="cuda")
-        yield Kept(what, size, over_tokens=True, only_on="cpu")
+        yield Kept(what, size, over_tokens=True, word=1, only_on="cuda", needed_by=needed_by)
+        yield Kept(what, size, over_tokens=True, only_on="cpu", needed_by=needed_by)
 
 
 def _linear(name: str, out: int, into: int, bias: bool, column: bool) -> Iterator[Parameter]:
@@ -221,7 +260,7 @@ def _attention_parameters(model: ModelSection, tp: int) -> Iterator[Parameter]:
     yield from _linear("attention.dense", hidden, attended, model.use_bias_in_attn_linear, False)
 
 
-def _attention_kept(model: ModelSection, tp: int) -> Iterator[Kept]:
+def _attention_kept(model: ModelSection, tp: int, has_window: bool) -> Iterator[Kept]:
     heads = model.num_attention_heads
     # A rank works with its part of the kv heads, and with at least one, which it may share with others.
     width, kv_width = heads * model.head_dim, max(model.num_kv_heads, tp) * model.head_dim
@@ -231,21 +270,23 @@ def _attention_kept(model: ModelSection, tp: int) -> Iterator[Kept]:
     size = 3 * width if is_fused else 2 * kv_width + (width if model.use_qk_layernorm or not turns else 0)
     if turns or model.use_qk_layernorm:
         size += width + kv_width
-    yield Kept("queries, keys, values", size, divided=True, in_attention=True)
-    yield Kept("softmax's normaliser", heads, divided=True, in_attention=True, word=4)
+    where: dict[str, Any] = {"divided": True, "in_attention": True, "needed_by": ("attended",)}
+    yield Kept("queries, keys, values", size, **where)
+    yield Kept("softmax's normaliser", heads, word=4, **where)
     if model.use_qk_layernorm:
-        yield from _norm_kept(model, 1, model.head_dim, divided=True)
-    yield from _scores_kept(model, 0 if is_fused else 2 * (width - kv_width))
-    yield Kept("attended values", width, divided=True)
+        yield from _norm_kept(model, model.head_dim, divided=True, needed_by=("attended",))
+    yield from _scores_kept(model, 0 if is_fused else 2 * (width - kv_width), has_window)
+    # Attention's own backward pass reads its result as well.
+    yield Kept("attended values", width, divided=True, needed_by=("attended", "dense's weight"))
 
 
-def _scores_kept(model: ModelSection, expansion: int) -> Iterator[Kept]:
+def _scores_kept(model: ModelSection, expansion: int, has_window: bool) -> Iterator[Kept]:
     """What torch's attention keeps on a CPU when sight is limited or biased; kernels for GPUs make it as they go.
 
     expansion: elements by which keys and values grow when every query head gets its own.
     """
     sequence, heads = model.seq_length, model.num_attention_heads
-    where: dict[str, Any] = {"in_attention": True, "only_on": "cpu"}
+    where: dict[str, Any] = {"in_attention": True, "only_on": "cpu", "needed_by": ("attended",)}
     if model.attention_dropout:
         yield Kept("attention probabilities and their dropout", 2 * heads * sequence, divided=True, **where)
     if model.pos_emb == "rpe":
@@ -254,7 +295,7 @@ def _scores_kept(model: ModelSection, expansion: int) -> Iterator[Kept]:
         yield Kept("buckets of distances", sequence, of_batch=True, word=8, **where)
     elif model.pos_emb == "alibi":
         yield Kept("bias of the scores", heads * sequence, divided=True, of_batch=True, **where)
-    elif model.sliding_window_width is not None:
+    elif has_window:
         yield Kept("mask of the scores", sequence, of_batch=True, **where)
     else:
         return
@@ -278,7 +319,11 @@ def _feed_forward_parameters(model: ModelSection) -> Iterator[Parameter]:
 
 
 def _feed_forward_kept(model: ModelSection) -> Iterator[Kept]:
-    yield Kept("feed-forward", ACTIVATION_WIDTHS[model.activation] * model.ffn_size, divided=True)
+    widths = ACTIVATION_WIDTHS[model.activation] - 1
+    # relu's derivative follows from its result.
+    by_result = ("inner", "linear2's weight") if widths == 0 else ("linear2's weight",)
+    yield Kept("the non-linearity's result", model.ffn_size, divided=True, needed_by=by_result)
+    yield Kept("what makes it", widths * model.ffn_size, divided=True, needed_by=("inner",))
 
 
 def _feed_forward_flops(model: ModelSection) -> Iterator[tuple[str, int]]:

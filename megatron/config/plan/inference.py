@@ -80,7 +80,7 @@ def inference_memory(job: Job, config: Config, purpose: Purpose, tp: int) -> Inf
         prompt = positions if generation.recompute else max(1, positions - generation.maximum_tokens)
     heads = max(model.num_kv_heads // tp, 1)
     cache = 2 * sum(x.kind == BLOCK for x in layers) * rows * heads * positions * model.head_dim * word
-    local = job.rows // tp
+    local = job.head_rows(tp)
     if purpose == "generate":
         # As the head makes them, gathered, and in fp32 to choose from, which happens in the host's memory.
         logits = rows * (word * local + (word * job.rows if tp > 1 else 0) + 4 * job.rows)

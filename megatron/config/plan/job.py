@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megatron.common.errors import ConfigError
-from megatron.config.plan.architecture import Layer, architecture
+from megatron.config.plan.architecture import Layer, architecture, head_outputs
 from megatron.config.plan.stages import stage_layers
 from megatron.config.plan.tuning import tuned
 from megatron.config.resolved import Config
@@ -69,7 +69,7 @@ class Job:
     persistence: int = PERSISTENCE
     live_parameters: int = LIVE_PARAMETERS + PREFETCH
     sizes: dict[Any, Any] = field(default_factory=dict)
-    _layers: dict[int, tuple[Layer, ...]] = field(default_factory=dict)
+    _layers: dict[tuple[int, bool], tuple[Layer, ...]] = field(default_factory=dict)
 
     @property
     def word(self) -> int:
@@ -87,20 +87,26 @@ class Job:
         """Whether gradients add up in an fp32 buffer beside those that autograd makes."""
         return self.precision == "bfloat16" and self.accumulation_word == 4
 
-    def layers(self, tp: int) -> tuple[Layer, ...]:
-        """The layers, as `tp` tensor-parallel ranks divide them."""
-        if tp not in self._layers:
-            self._layers[tp] = tuned(architecture(self.model, self.rows, tp), self.model, self.tuning)
-        return self._layers[tp]
+    def layers(self, tp: int, *, staged: bool = False) -> tuple[Layer, ...]:
+        """The layers, as `tp` tensor-parallel ranks divide them. staged: pipeline stages ask for all gradients."""
+        key = (tp, staged)
+        if key not in self._layers:
+            layers = architecture(self.model, self.rows, tp)
+            self._layers[key] = tuned(layers, self.model, self.tuning, staged=staged)
+        return self._layers[key]
 
     def trains_head(self, tp: int) -> bool:
         """Whether the output head learns, its own matrix or the embedding's."""
         layers = self.layers(tp)
         return (layers[0] if layers[-1].ties else layers[-1]).parameters[0].trained
 
+    def head_rows(self, tp: int) -> int:
+        """Outputs of the head on one tensor-parallel rank: its part of the vocabulary, or all labels."""
+        return self.rows // tp if self.model.task == "causal_lm" else head_outputs(self.model, self.rows)
+
     def stages(self, num_stages: int, tp: int) -> list[list[Layer]]:
         """The layers of every stage."""
-        return stage_layers(self.layers(tp), num_stages, self.partition_method, tp)
+        return stage_layers(self.layers(tp, staged=num_stages > 1), num_stages, self.partition_method, tp)
 
 
 def require_vocabulary(config: Config) -> None:

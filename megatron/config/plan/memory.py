@@ -65,7 +65,10 @@ class StageSize:
     trained: int
     small: int
     blocks: int
-    # Bytes of one token: of a block in all, its attention's part, its input; of the other layers.
+    # Bytes of one token: of all blocks, of their attention; of the largest block, its attention's part, a block's
+    # input; of the other layers.
+    all_blocks: float
+    all_attention: float
     block: float
     attention: float
     block_input: float
@@ -138,11 +141,16 @@ def _stage_sizes(job: Job, layout: Layout) -> tuple[StageSize, ...]:
     found = []
     stages = job.stages(layout.stages, layout.tp)
     for number, stage in enumerate(stages):
-        # Before the first parameter that learns, nothing waits for a backward pass; later stages are asked for one.
+        # Before the first parameter that learns, nothing waits for a backward pass; stages are asked for one, the first
+        # behind the embeddings.
         frozen = next((n for n, x in enumerate(stage) if x.trained_on_rank(1)), 0) if number == 0 else 0
+        frozen = min(frozen, 1) if layout.stages > 1 else frozen
         passed = stage[frozen:]
         blocks = [layer for layer in passed if layer.kind == BLOCK]
-        kept = blocks[0].kept if blocks else ()
+        whole = [size_of(block.kept) for block in blocks]
+        attention = [size_of(block.kept, in_attention=True) for block in blocks]
+        # Recomputation keeps it for every block, whoever asks for it.
+        entering = next((x for layer in stage for x in layer.kept if x.is_input), None) if blocks else None
         found.append(
             StageSize(
                 numel=sum(layer.numel_on_rank(layout.tp) for layer in stage),
@@ -154,9 +162,11 @@ def _stage_sizes(job: Job, layout: Layout) -> tuple[StageSize, ...]:
                     if (n := p.numel // (layout.tp if p.sharded else 1)) <= job.persistence
                 ),
                 blocks=len(blocks),
-                block=size_of(kept),
-                attention=size_of(kept, in_attention=True),
-                block_input=size_of(kept, is_input=True),
+                all_blocks=sum(whole),
+                all_attention=sum(attention),
+                block=max(whole, default=0.0),
+                attention=max(attention, default=0.0),
+                block_input=size_of((entering,)) if entering is not None else 0.0,
                 others=sum(size_of(layer.kept) for layer in passed if layer.kind != BLOCK),
                 is_first=number == 0,
                 is_last=number == len(stages) - 1,
@@ -260,8 +270,8 @@ def _activation_bytes(job: Job, layout: Layout, size: StageSize) -> tuple[float,
         kept = -(-size.blocks // group) * size.block_input
         return tokens * (kept + outside), tokens * (group * size.block - size.block_input)
     if layout.recompute == "selective":
-        return tokens * (size.blocks * (size.block - size.attention) + outside), tokens * size.attention
-    return tokens * (size.blocks * size.block + outside), 0
+        return tokens * (size.all_blocks - size.all_attention + outside), tokens * size.attention
+    return tokens * (size.all_blocks + outside), 0
 
 
 def _group(layout: Layout, size: StageSize) -> int:
@@ -278,13 +288,16 @@ def _backward_bytes(job: Job, layout: Layout) -> float:
 def _loss_bytes(job: Job, layout: Layout) -> float:
     """The gradients that the loss makes in the forward pass, in fp32: of the hidden states and of the head."""
     tokens, hidden = layout.micro_batch * job.sequence, job.model.hidden_size
-    head = 4 * (job.rows // layout.tp) * hidden if job.trains_head(layout.tp) else 0
+    if job.model.task == "question_answering":
+        # Made in the backward pass, in the precision of the hidden states.
+        return job.word * tokens * hidden
+    head = 4 * job.head_rows(layout.tp) * hidden if job.trains_head(layout.tp) else 0
     return 4 * tokens * hidden + head
 
 
 def _loss_scratch_bytes(job: Job, layout: Layout) -> float:
     """A chunk of logits, in fp32 and on a GPU in half precision too; the normed hidden states, whole."""
-    tokens, hidden, rows = layout.micro_batch * job.sequence, job.model.hidden_size, job.rows // layout.tp
+    tokens, hidden, rows = layout.micro_batch * job.sequence, job.model.hidden_size, job.head_rows(layout.tp)
     chunk, half = min(LOSS_CHUNK_ROWS[job.device], tokens), job.word == 2
     scratch = 4 * chunk * (rows + hidden) + job.word * tokens * hidden
     if job.device == "cpu":

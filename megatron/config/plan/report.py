@@ -9,7 +9,7 @@ import dataclasses
 from typing import Any
 
 from megatron.config.plan.data import DatasetUse, dataset_uses
-from megatron.config.plan.flops import FORWARD_AND_BACKWARD, flops_terms
+from megatron.config.plan.flops import flops_per_token, step_flops_terms
 from megatron.config.plan.job import job_of, layout_of
 from megatron.config.plan.layouts import Candidate, Search, different, explain, yaml_lines
 from megatron.config.plan.memory import LARGEST_BYTES, MemoryEstimate, estimate_memory, fullest, largest
@@ -96,7 +96,7 @@ def plan_values(config: Config, hardware: Hardware | None = None) -> dict[str, A
     hardware = hardware or Hardware()
     layout, memory, count = layout_of(config), estimate_memory(config), count_parameters(config)
     tokens = config.batch.train_batch_size * config.model.seq_length
-    flops, iters = FORWARD_AND_BACKWARD * sum(flops_terms(config).values()), config.training.train_iters
+    flops, iters = flops_per_token(config), config.training.train_iters
     return {
         "layout": {**dataclasses.asdict(layout), "world_size": layout.world_size, "global_batch": layout.global_batch},
         "parameters": {**dataclasses.asdict(count), "per_stage": stage_parameters(config)},
@@ -111,7 +111,7 @@ def plan_values(config: Config, hardware: Hardware | None = None) -> dict[str, A
             },
             "fits": None if hardware.memory_bytes is None else memory.total <= hardware.memory_bytes,
         },
-        "flops_per_token": {**{k: FORWARD_AND_BACKWARD * n for k, n in flops_terms(config).items()}, "total": flops},
+        "flops_per_token": {**step_flops_terms(config), "total": flops},
         "tokens": {"per_step": tokens, "total": tokens * iters if iters else None},
         "datasets": [dataclasses.asdict(use) for use in dataset_uses(config)],
         "bubble": bubble_part(layout),
@@ -161,7 +161,7 @@ def run_seconds(config: Config, hardware: Hardware) -> float | None:
     if not peak or not iters:
         return None
     tokens = iters * config.batch.train_batch_size * config.model.seq_length
-    flops = tokens * FORWARD_AND_BACKWARD * sum(flops_terms(config).values())
+    flops = tokens * flops_per_token(config)
     busy = 1 - bubble_part(layout_of(config))
     return float(flops / (config.parallel.world_size * peak * 1e12 * ASSUMED_MFU * busy))
 
@@ -240,21 +240,19 @@ def _recomputation(config: Config) -> tuple[str, list[str]]:
 
 
 def _flops(config: Config) -> tuple[str, list[str]]:
-    terms = flops_terms(config)
+    terms = step_flops_terms(config)
     total = sum(terms.values())
-    lines = [
-        f"{name:<32}{count_text(FORWARD_AND_BACKWARD * n):>12}  {100 * n / total:4.1f} %" for name, n in terms.items()
-    ]
+    lines = [f"{name:<32}{count_text(n):>12}  {100 * n / total:4.1f} %" for name, n in terms.items()]
     return "FLOPs per token, forward and backward", [
         *lines,
-        f"{'total':<32}{count_text(FORWARD_AND_BACKWARD * total):>12}",
+        f"{'total':<32}{count_text(total):>12}",
     ]
 
 
 def _tokens(config: Config) -> tuple[str, list[str]]:
     batch, sequence, iters = config.batch.train_batch_size, config.model.seq_length, config.training.train_iters
     per_step = batch * sequence
-    flops = FORWARD_AND_BACKWARD * sum(flops_terms(config).values())
+    flops = flops_per_token(config)
     lines = [
         f"{per_step:,} tokens per step = {batch} sequences x {sequence} tokens; {count_text(per_step * flops)} FLOPs"
     ]

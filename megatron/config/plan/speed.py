@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron.config.plan.architecture import BLOCK, Layer
-from megatron.config.plan.flops import FORWARD_AND_BACKWARD
 from megatron.config.plan.job import Job, Layout
 
 # Share of the peak of time estimates, where nothing was measured: between the 37 % of GPT-NeoX-20B (arXiv 2204.06745)
@@ -81,7 +80,7 @@ def _distinct(job: Job, layout: Layout) -> list[tuple[int, int, int]]:
 
 
 def _flops(layers: list[Layer]) -> int:
-    return sum(n for layer in layers for _, n in layer.flops)
+    return sum(n for layer in layers for _, n in (*layer.flops, *layer.backward))
 
 
 def _micro_batch(
@@ -91,7 +90,7 @@ def _micro_batch(
     blocks, others, _ = stage
     block = next(layer for layer in job.layers(layout.tp) if layer.kind == BLOCK)
     per_block = dict(block.flops)
-    passes = FORWARD_AND_BACKWARD * sum(per_block.values())
+    passes = _flops([block])
     sums = 2 if job.model.gpt_j_residual else 4
     if layout.recompute == "full":
         passes += sum(per_block.values())
@@ -100,7 +99,7 @@ def _micro_batch(
         passes += sum(n for name, n in per_block.items() if name != "attention_output" and name != "feed_forward")
     narrow = job.model.hidden_size / layout.tp
     share = cluster.best_share * narrow / (narrow + cluster.narrow) * tokens / (tokens + cluster.narrow)
-    flops = (blocks * passes + FORWARD_AND_BACKWARD * others) * tokens / layout.tp
+    flops = (blocks * passes + others) * tokens / layout.tp
     compute = flops / (cluster.peak_flops * share)
     # Norms, residuals and activations are read and written, not multiplied; sequence parallelism divides them.
     passes_over = 12 * (1 if layout.sequence_parallel else layout.tp) / layout.tp

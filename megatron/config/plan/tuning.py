@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from megatron.config.plan.architecture import BLOCK, SOFT_PROMPT, Kept, Layer, Parameter
+from megatron.config.plan.gradients import with_gradients
 from megatron.config.schema import ModelSection
 from megatron.config.schema.tuning import TuningSection
 
@@ -18,21 +19,26 @@ _PROMPT = "soft_prompt.weight"
 ROW_PARALLEL = ("dense", "linear2")
 
 
-def tuned(layers: Sequence[Layer], model: ModelSection, tuning: TuningSection) -> tuple[Layer, ...]:
-    """The layers with their low-rank updates, every parameter marked as learning or frozen."""
+def tuned(
+    layers: Sequence[Layer], model: ModelSection, tuning: TuningSection, *, staged: bool = False
+) -> tuple[Layer, ...]:
+    """The layers with their low-rank updates, every parameter marked as learning or frozen, and what follows.
+
+    staged: as in `with_gradients`.
+    """
     targets = _targets(model, tuning)
     found = []
     for layer in layers:
         changed = _updated(layer, tuning, targets) if layer.kind == BLOCK and targets else layer
-        parameters = tuple(replace(p, trained=_is_trained(p.name, tuning)) for p in changed.parameters)
+        parameters = tuple(replace(p, trained=_is_trained(p.name, model, tuning)) for p in changed.parameters)
         found.append(replace(changed, parameters=parameters))
     if tuning.num_virtual_tokens:
         # Behind the word embeddings, which leave the dropout to it.
         table = Parameter(_PROMPT, (tuning.num_virtual_tokens, model.hidden_size), sharded=False)
-        table = replace(table, trained=_is_trained(_PROMPT, tuning))
+        table = replace(table, trained=_is_trained(_PROMPT, model, tuning))
         found.insert(1, Layer("soft_prompt", SOFT_PROMPT, (table,), kept=found[0].kept))
         found[0] = replace(found[0], kept=())
-    return tuple(found)
+    return with_gradients(found, model, dropped_updates=tuning.lora_dropout > 0, staged=staged)
 
 
 def _targets(model: ModelSection, tuning: TuningSection) -> set[str]:
@@ -84,7 +90,7 @@ def _pair_kept(tuning: TuningSection, into: int, rank: int, *, is_row: bool, in_
         yield Kept("update's dropout", into, divided=is_row, in_attention=in_attention, only_on="cuda", word=1)
 
 
-def _is_trained(name: str, tuning: TuningSection) -> bool:
+def _is_trained(name: str, model: ModelSection, tuning: TuningSection) -> bool:
     """Frozen patterns go first; what fine-tuning adds learns, and with it only what train_parameters names."""
 
     def fits(patterns: list[str] | None) -> bool:
@@ -94,6 +100,9 @@ def _is_trained(name: str, tuning: TuningSection) -> bool:
         return False
     if name.endswith((".lora.a", ".lora.b")) or name == _PROMPT:
         return True
-    if tuning.train_parameters or tuning.lora_rank is not None or tuning.num_virtual_tokens:
+    is_added = tuning.lora_rank is not None or tuning.num_virtual_tokens
+    if is_added and model.task != "causal_lm" and name.startswith("head."):
+        return True
+    if tuning.train_parameters or is_added:
         return fits(tuning.train_parameters)
     return True

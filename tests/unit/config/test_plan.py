@@ -17,6 +17,7 @@ from megatron.parallel.process_groups import ProcessGroups
 from megatron.parallel.topology import Topology
 from megatron.training.setup import trained_parameters
 from tests.unit.config.conftest import TINY
+from tests.unit.config.test_plan_flops import LABELS
 
 Tiny = Callable[..., Config]
 
@@ -34,6 +35,9 @@ VARIATIONS = [
     {"soft_prompt_tuning": {"num_tokens": 5}, "max_position_embeddings": 40},
     {"soft_prompt_tuning": {"num_tokens": 8}, "max_position_embeddings": 40, "lora_rank": 2, "pos_emb": "rotary"},
     {"use_qk_layernorm": True, "gpt_j_residual": True, "gpt_j_tied": True, "activation": "geglu_tanh"},
+    {"task": "sequence_classification", "num_labels": 3, **LABELS},
+    {"task": "token_classification", "num_labels": 5, "lora_rank": 2, "no_weight_tying": True, **LABELS},
+    {"task": "question_answering", "no_weight_tying": True, "use_bias_in_head": True, **LABELS},
 ]
 
 
