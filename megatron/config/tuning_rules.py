@@ -58,4 +58,18 @@ def check_tuning(draft: Draft) -> None:
         )
 
 
-TUNING_RULES = (check_soft_prompt, check_tuning)
+def check_base(draft: Draft) -> None:
+    """What is fine-tuned should have been trained."""
+    if draft["load"] is not None or draft["train_parameters"] or draft.inference:
+        return
+    added = {"lora_rank": draft["lora_rank"], "soft_prompt_tuning": virtual_tokens(draft["soft_prompt_tuning"])}
+    for name, size in added.items():
+        if size:
+            draft.warn(
+                name,
+                f"{name} without load: all weights stay at their random start. Set load, and finetune: true, to train "
+                "for a model that has learnt something",
+            )
+
+
+TUNING_RULES = (check_soft_prompt, check_tuning, check_base)

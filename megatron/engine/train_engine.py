@@ -126,6 +126,7 @@ class TrainEngine:
             dist_init_required=False,
         )
         self._losses: list[torch.Tensor] = []
+        self._fed_shape: torch.Size | None = None
         self.guard = StepGuard(
             self.deepspeed.optimizer,
             lambda: torch.stack(self.micro_batch_losses()).mean(),
@@ -229,6 +230,11 @@ class TrainEngine:
     def _feed(self, micro_batches: list[tuple[torch.Tensor, ...]]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The pipeline's data: tokens for the first stage; the last one finds its targets in the module."""
         assert isinstance(self.module, StagedModule)
+        shape = micro_batches[0][0].shape
+        if shape != self._fed_shape:
+            # DeepSpeed tells the next stage a shape once, and goes on with it.
+            self.deepspeed.reset_activation_shape()
+            self._fed_shape = shape
         self.module.targets.clear()
         self.module.targets.extend(inputs[1:] for inputs in micro_batches)
         return self._tokens(micro_batches)

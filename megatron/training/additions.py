@@ -114,6 +114,25 @@ def source_of(reader: AnyReader, spec: ModelSpec) -> TensorSource:
     return PromptOfWords(reader, spec)
 
 
+def computes_otherwise(reader: AnyReader, spec: ModelSpec) -> str:
+    """What the run adds that makes another function of the saved weights, in words; "" where it is the same.
+
+    Low-rank updates do not: they start at zero.
+    """
+    if spec.soft_prompt is not None and is_added(reader, spec, SOFT_PROMPT_WEIGHT):
+        return "the soft prompt"
+    return "the head" if is_added(reader, spec, f"{HEAD}.weight") else ""
+
+
+def start_of_prompt(reader: AnyReader, spec: ModelSpec) -> str:
+    """What the run's soft prompt is before the first step, in words."""
+    if not is_added(reader, spec, SOFT_PROMPT_WEIGHT):
+        return "as the checkpoint has it"
+    if spec.soft_prompt is not None and spec.soft_prompt.init_ids:
+        return "starts as the embeddings of init_string's tokens"
+    return "starts at random"
+
+
 def is_kept(reader: AnyReader, spec: ModelSpec, name: str) -> bool:
     """Whether a parameter stays at its initial value, because `source_of` does not have it."""
     if name == SOFT_PROMPT_WEIGHT and spec.soft_prompt is not None and spec.soft_prompt.init_ids:

@@ -18,10 +18,9 @@ from megatron.convert.neox_layers import GroupedLayout
 from megatron.convert.open import foreign_folder, open_weights
 from megatron.engine.state import import_optimizer, import_weights
 from megatron.engine.train_engine import TrainEngine
-from megatron.model.soft_prompt import SOFT_PROMPT_WEIGHT
 from megatron.model.spec import ModelSpec
 from megatron.optim.schedule import LearningRateSchedule
-from megatron.training.additions import agreed_fields, is_added, is_kept, source_of
+from megatron.training.additions import agreed_fields, is_kept, source_of, start_of_prompt
 from megatron.training.forward_check import check_forward
 from megatron.training.saving import Position, share
 
@@ -124,9 +123,9 @@ def restore_run(
     if options.checks_forward:
         check_forward(engine, reader, report)
     if options.weights_only:
-        goes_on = spec.soft_prompt is not None and not is_added(reader, spec, SOFT_PROMPT_WEIGHT)
-        prompt = "; its soft prompt goes on from what it was" if goes_on else ""
-        report(f"weights from {reader.folder}; step, optimizer, schedule and data start anew (finetune){prompt}")
+        report(f"weights from {reader.folder}; step, optimizer, schedule and data start anew (finetune)")
+        if spec.soft_prompt is not None:
+            report(f"soft prompt of {spec.num_virtual_tokens} tokens: {start_of_prompt(reader, spec)}")
         return Position()
     known = {field.name for field in fields(Position)}
     position = Position(**{name: value for name, value in reader.state["position"].items() if name in known})

@@ -340,9 +340,10 @@ def run_folder(config: Config) -> Path:
 
 def describe(config: Config) -> str:
     """One line on batch and length."""
+    virtual = f" behind {count} virtual ones" if (count := config.tuning.num_virtual_tokens) else ""
     batch = config.batch
     return (
-        f"{batch.train_batch_size} sequences of {config.model.seq_length} tokens a step = "
+        f"{batch.train_batch_size} sequences of {config.model.seq_length} tokens{virtual} a step = "
         f"{batch.train_micro_batch_size_per_gpu} x {batch.gradient_accumulation_steps} micro-batches x "
         f"{config.parallel.data_parallel_size} replicas"
     )

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from megatron.checkpoint import Reader, find
 from megatron.cli.merge_lora import main as merge_lora
+from megatron.convert.export import export_checkpoint
 from tests.integration.run_cases import checkpoint_tensors, train_run, write_config
 from tests.pool import RankFailure
 
@@ -25,7 +27,8 @@ LORA = {"lora_rank": 2, "lora_alpha": 4.0, "lora_dropout": 0.1, "finetune": True
 @pytest.fixture
 def base(ranks: Ranks, tmp_path: Path) -> Path:
     """A folder with a trained model of two steps in base/."""
-    ranks(train_run, 1, str(write_config(tmp_path, "base", train_iters=2)))
+    key = {"checkpoint_validation_with_forward_pass": True}
+    ranks(train_run, 1, str(write_config(tmp_path, "base", train_iters=2, **key)))
     return tmp_path
 
 
@@ -77,6 +80,7 @@ def test_a_soft_prompt_starts_as_its_text_and_resumes_bitwise(
     ranks: Ranks, base: Path, world_size: int, layout: dict[str, Any]
 ) -> None:
     tuned = {**PROMPT, "load": str(base / "base"), "train_iters": 4, "extra_save_iters": [0], **layout}
+    tuned["checkpoint_validation_with_forward_pass"] = True
     whole = ranks(train_run, world_size, str(write_config(base, "whole", **tuned)))
     before, start = checkpoint_tensors(base / "base"), checkpoint_tensors(base / "whole", 0)
     words = before["embedding.word_embeddings.weight", "weight"].float()
@@ -95,6 +99,13 @@ def test_a_soft_prompt_starts_as_its_text_and_resumes_bitwise(
             assert torch.equal(tensor.float(), before[name, kind].to(tensor.dtype).float())
     assert {kind for name, kind in left if name == "soft_prompt.weight"} == {"weight", "exp_avg", "exp_avg_sq"}
     assert not torch.equal(left["soft_prompt.weight", "weight"], prompt)
+    if world_size == 1:  # the same start from a Hugging Face folder
+        export_checkpoint(Reader(find(base / "base")), base / "hf", "fp32")
+        ranks(train_run, 1, str(write_config(base, "from_hf", **{**tuned, "load": str(base / "hf"), "train_iters": 1})))
+        theirs = checkpoint_tensors(base / "from_hf", 0)
+        assert all(torch.equal(theirs[key], tensor) for key, tensor in start.items())
+        assert torch.equal(theirs["soft_prompt.weight", "weight"], prompt)
+        return
     # Another layout goes on from it, and a new run takes the trained prompt, not its text.
     further = {**PROMPT, "finetune": None, "load": str(base / "whole"), "train_iters": 5, "save": str(base / "on")}
     assert ranks(train_run, 2, str(write_config(base, "on", **further, pipe_parallel_size=2)))[0]["start"] == 4

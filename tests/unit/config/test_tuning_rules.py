@@ -12,6 +12,7 @@ from megatron.config import Config, load
 from megatron.model.from_config import init_ids, model_spec
 from megatron.model.spec import SoftPrompt
 from megatron.tokenizer.build import make_tokenizer
+from tests.unit.config.conftest import TINY
 
 Tiny = Callable[..., Config]
 SUM = "soft_prompt_tuning.num_tokens + seq_length"
@@ -79,10 +80,19 @@ def test_a_message_names_the_line(tmp_path: Path) -> None:
     ],
 )
 def test_accepted(tiny: Tiny, block: dict[str, object], changes: dict[str, object], warning: str | None) -> None:
-    config = tiny(2, soft_prompt_tuning=block, max_position_embeddings=64, **changes)
+    config = tiny(2, soft_prompt_tuning=block, max_position_embeddings=64, load="base", finetune=True, **changes)
     assert len(config.warnings) == (warning is not None)
     assert warning is None or warning in config.warnings[0]
     assert config.tuning.num_virtual_tokens == (block["num_tokens"] if block.get("enabled", True) else 0)
+
+
+def test_a_model_that_has_learnt_nothing_is_said(tiny: Tiny) -> None:
+    for changes in ({"lora_rank": 2}, {"soft_prompt_tuning": {"num_tokens": 4}, "max_position_embeddings": 64}):
+        (warning,) = tiny(**changes).warnings
+        assert f"{next(iter(changes))} without load: all weights stay at their random start" in warning
+        assert not tiny(**changes, load="base", finetune=True).warnings
+        assert not tiny(**changes, train_parameters=["*"]).warnings
+        assert not load([], {**TINY, **changes}, devices=1, inference=True).warnings
 
 
 def test_the_spec_and_its_start(tiny: Tiny) -> None:
