@@ -19,6 +19,10 @@ from tests.pool import RankFailure
 
 Ranks = Callable[..., list[Any]]
 
+# All learns with the prompt: the base has learnt nothing yet.
+PROMPT = {"soft_prompt_tuning": {"num_tokens": 4}, "train_parameters": ["*"]}
+CHECKED = {"checkpoint_validation_with_forward_pass": True}
+
 
 def _word(draw: random.Random) -> str:
     return "".join(draw.choice("abcdefgh") for _ in range(draw.randint(2, 7)))
@@ -62,7 +66,7 @@ def _prepare(folder: Path, task: str) -> dict[str, Any]:
     ("task", "metric", "world_size", "layout"),
     [
         ("sequence_classification", "accuracy", 1, {}),
-        ("token_classification", "macro_f1", 2, {"model_parallel_size": 2}),
+        ("token_classification", "macro_f1", 2, {"model_parallel_size": 2, **PROMPT}),
         ("question_answering", "exact_match", 2, {"pipe_parallel_size": 2, "precision": "bfloat16"}),
     ],
 )
@@ -75,10 +79,10 @@ def test_a_task_is_learnt_and_scored(
     world_size: int,
     layout: dict[str, Any],
 ) -> None:
-    ranks(train_run, 1, str(write_config(tmp_path, "base", train_iters=2)))
+    ranks(train_run, 1, str(write_config(tmp_path, "base", train_iters=2, **CHECKED)))
     keys = {**_prepare(tmp_path, task), "data_path": None, "split": None}
     steps = {"train_iters": 100, "checkpoint_factor": 100, "eval_interval": 50, "log_interval": 50}
-    load = {"load": str(tmp_path / "base"), "finetune": True, "allow_fresh_start": None}
+    load = {"load": str(tmp_path / "base"), "finetune": True, "allow_fresh_start": None, **CHECKED}
     losses = ranks(train_run, world_size, str(write_config(tmp_path, "tuned", **keys, **steps, **load, **layout)))[0]
     assert losses["losses"][-1] < 0.2 * losses["losses"][0]
     monkeypatch.chdir(tmp_path)
