@@ -6,6 +6,7 @@ Invariant: whatever is wrong with the configuration or the files it names is sai
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from megatron.cli import doctor
 from megatron.cli.plan import Purpose, add_plan_flags, check_plan_flags, print_plan
-from megatron.common.errors import ConfigError
+from megatron.common.errors import ConfigError, MegatronError
 from megatron.common.rank import starter_of
 from megatron.common.stop import STARTED_AT
 from megatron.config import Config, load, require_inputs
@@ -25,7 +26,7 @@ from megatron.launch import node
 from megatron.launch.arguments import Parser, add_flags, overrides_of
 from megatron.launch.commands import needs_other_hosts, rank_commands
 from megatron.launch.restarts import refuse_restarts, require_restartable, run_with_restarts
-from megatron.launch.several_hosts import describe_job, run_job
+from megatron.launch.several_hosts import describe_job, job_values, run_job
 from megatron.launch.spawn import run_ranks
 from megatron.launch.submit import add_submit_flags, own_command, request_of, submit, submit_overrides
 
@@ -103,11 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for warning in config.warnings:
         print(f"note: {warning}", file=sys.stderr)
     if options.dry_run and not options.submit:
-        return _dry_run(config, options.user_script, options.write_config)
-    if inference or not config.width.ends_the_run:
-        if purpose == "train":
-            config.require_training()
-        require_inputs(config, data=not inference)
+        return _dry_run(config, options.user_script, options.write_config, as_json=options.json)
+    _require_runnable(config, purpose, inference=inference, only_shown=options.submit and options.dry_run)
     if options.submit:
         request = request_of(options, config)
         print(submit(config, options.user_script, request, own_command(argv), dry_run=options.dry_run))
@@ -118,6 +116,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_with_restarts(
         lambda current: start(current, options.user_script, stays=True), config, options.max_restarts
     )
+
+
+def _require_runnable(config: Config, purpose: str, *, inference: bool, only_shown: bool) -> None:
+    """Refuse a run that lacks keys or files; where the job is only shown, say that it would be refused."""
+    if not inference and config.width.ends_the_run:
+        return
+    try:
+        if purpose == "train":
+            config.require_training()
+        require_inputs(config, data=not inference)
+    except MegatronError as error:
+        if not only_shown:
+            raise
+        for line in str(error).splitlines():
+            print(f"note: the job would be refused: {line}", file=sys.stderr)
 
 
 def start(config: Config, script: str, *, stays: bool = False) -> int:
@@ -143,10 +156,17 @@ def start(config: Config, script: str, *, stays: bool = False) -> int:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _dry_run(config: Config, script: str, config_file: str | None) -> int:
+def _dry_run(config: Config, script: str, config_file: str | None, *, as_json: bool) -> int:
     if config_file:
         config.write(config_file)
-    else:
+    if as_json:
+        if needs_other_hosts(config, os.environ):
+            values = job_values(config, script)
+        else:
+            values = {"ranks": [one.values() for one in rank_commands(config, script, config_file or "CONFIG.json")]}
+        print(json.dumps(values, indent=1))
+        return 0
+    if not config_file:
         print("# CONFIG.json: the resolved configuration (--write-config CONFIG.json writes it)")
     if needs_other_hosts(config, os.environ):
         print(describe_job(config, script))

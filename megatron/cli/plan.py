@@ -9,10 +9,12 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 from typing import Any, Literal
 
 from megatron.common.errors import ConfigError
 from megatron.config import Config, load
+from megatron.config.merge import Setting
 from megatron.config.plan import (
     Cluster,
     Hardware,
@@ -26,6 +28,8 @@ from megatron.config.plan import (
     search_values,
 )
 
+# Ids of GPT-2, as of most vocabularies of English text.
+USUAL_VOCABULARY = 50_257
 Purpose = Literal["generate", "evaluate"]
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -55,7 +59,7 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
         "--gpu-memory", metavar="SIZE", help="memory of one GPU, as 80GB or 80GiB: says what does not fit, and why"
     )
     flags.add_argument("--peak-tflops", type=float, metavar="X", help="peak of one GPU, to estimate the time")
-    flags.add_argument("--json", action="store_true", help="the plan for scripts")
+    flags.add_argument("--json", action="store_true", help="for scripts: the plan, or with --dry-run the commands")
 
 
 def check_plan_flags(options: argparse.Namespace) -> None:
@@ -64,8 +68,9 @@ def check_plan_flags(options: argparse.Namespace) -> None:
         "--gpus N": options.gpus,
         "--gpu-memory SIZE": options.gpu_memory,
         "--peak-tflops X": options.peak_tflops,
-        "--json": options.json or None,
     }
+    if options.json and not options.plan and (options.submit or not options.dry_run):
+        raise ConfigError("--json needs --plan, or --dry-run without --submit.")
     if not options.plan:
         alone = [name for name, value in given.items() if value is not None]
         if alone:
@@ -94,6 +99,7 @@ def print_plan(options: argparse.Namespace, overrides: dict[str, Any], purpose: 
     memory = None if options.gpu_memory is None else parse_size(options.gpu_memory)
     hardware = Hardware(memory, options.peak_tflops)
     searches = options.gpus is not None and memory is not None and not inference
+    _assume_vocabulary(options, overrides, inference)
     config, refusal = _as_configured(options, overrides, inference, searches)
     values: dict[str, Any] = {}
     texts: list[str] = []
@@ -116,6 +122,24 @@ def print_plan(options: argparse.Namespace, overrides: dict[str, Any], purpose: 
         texts.append(search_text(found, options.gpus, memory, cluster, own))
     print(json.dumps(values, indent=1) if options.json else "\n\n".join(texts))
     return 0
+
+
+def _assume_vocabulary(options: argparse.Namespace, overrides: dict[str, Any], inference: bool) -> None:
+    """Where the tokenizer's file is not there and nothing says its size: a usual one, with a note."""
+    try:
+        config = load(options.conf_file, overrides, conf_dir=options.conf_dir, planning=True, inference=inference)
+    except ConfigError:
+        return  # whoever needs it says why
+    if config.tokenizer.padded_vocab_size is not None:
+        return
+    divisor = config.tokenizer.make_vocab_size_divisible_by * config.parallel.model_parallel_size
+    rows = -(-USUAL_VOCABULARY // divisor) * divisor
+    overrides["padded_vocab_size"] = Setting(rows, "assumed by --plan")
+    print(
+        f"note: {config.tokenizer.vocab_file} is not there, which knows the size of the vocabulary: {rows:,} rows are "
+        "assumed. --set padded_vocab_size=N says how many.",
+        file=sys.stderr,
+    )
 
 
 def parse_size(text: str) -> float:

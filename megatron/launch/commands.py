@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megatron.common.devices import count_cores, count_gpus
 from megatron.common.errors import LaunchError
@@ -31,6 +32,11 @@ class RankCommand:
     arguments: list[str]
     added: dict[str, str] = field(default_factory=dict)
     node: int = 0
+
+    def values(self) -> dict[str, Any]:
+        """The same for scripts, without what may be secret."""
+        variables = {name: shown(name, value) for name, value in self.added.items()}
+        return {"rank": self.rank, "node": self.node, "command": self.arguments, "environment": variables}
 
     def shell_line(self) -> str:
         """The same as one line for a shell, without what may be secret."""

@@ -20,6 +20,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from megatron.common.errors import LaunchError
 from megatron.common.rank import first_host
@@ -106,6 +107,18 @@ def describe_job(config: Config, script: str) -> str:
     if job.master_port is None:
         lines += ["", "# FREE_PORT: a port that is free on the first host when the run starts"]
     return "\n".join(lines)
+
+
+def job_values(config: Config, script: str) -> dict[str, Any]:
+    """`describe_job` as plain values."""
+    job = plan_job(config, script, Path.cwd() / FOLDER / "JOB", os.environ)
+    environment = job_environment(config, os.environ)
+    ranks = job.commands(job.master_port or "FREE_PORT", job.master_addr or "FIRST_HOST")
+    return {
+        "start": starter(config, job).values(),
+        "environment": {name: shown(name, value) for name, value in sorted(environment.items())},
+        "ranks": [{**rank.values(), "host": job.hosts[rank.node].name} for rank in ranks],
+    }
 
 
 def check_hosts(job: Job, file: Path, ssh_port: int | None) -> None:

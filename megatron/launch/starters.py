@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megatron.common.errors import LaunchError
 from megatron.config import Config
@@ -43,6 +44,10 @@ class Starter:
 
     arguments: list[str]
     added: dict[str, str] = field(default_factory=dict)
+
+    def values(self) -> dict[str, Any]:
+        """The same for scripts."""
+        return {"command": self.arguments, "environment": self.added}
 
     def shell_line(self) -> str:
         """The same as one line for a shell."""

@@ -169,3 +169,32 @@ def test_scripts_that_use_a_model_are_planned_without_its_training(plan: Plan, s
     values = json.loads(plan("--json", script=script))
     assert values["memory_bytes"]["components"]["weights"] == 2 * values["parameters"]["unique"]
     assert "time_s" not in values
+
+
+def test_a_vocabulary_that_is_not_there_is_assumed(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+    more = "tokenizer_type: HFTokenizer\nvocab_file: elsewhere/tokenizer.json\nmodel_parallel_size: 4"
+    assert "vocabulary 50,688 rows" in plan("--gpus", "8", "--gpu-memory", "80GB", more=more)
+    assert plan("--set", "padded_vocab_size=1024", more=more).count("vocabulary 1,024 rows") == 1
+    assert main(["--plan", "train.py", "my.yml"]) == 0
+    assert "note: elsewhere/tokenizer.json is not there, which knows the size" in capsys.readouterr().err
+
+
+def test_the_commands_for_scripts(plan: Plan, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    plan(more="device: cpu\ncpu_processes: 2")
+    assert main(["--dry-run", "--json", "train.py", "my.yml"]) == 0
+    ranks = json.loads(capsys.readouterr().out)["ranks"]
+    assert [(one["rank"], one["environment"]["RANK"]) for one in ranks] == [(0, "0"), (1, "1")]
+    assert ranks[0]["command"][-4:] == ["-u", "train.py", "--config", "CONFIG.json"]
+    with pytest.raises(ConfigError, match="--json needs --plan, or --dry-run without --submit"):
+        main(["--json", "train.py", "my.yml"])
+
+
+def test_the_script_of_a_job_that_would_be_refused_is_shown_with_the_reason(
+    plan: Plan, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan(more="save: out\ncheckpoint_factor: 10")
+    assert main(["--submit", "--dry-run", "--nodes", "2", "--gpus-per-node", "4", "train.py", "my.yml"]) == 0
+    shown = capsys.readouterr()
+    assert "#SBATCH --nodes=2" in shown.out
+    assert "note: the job would be refused: my.yml: no training data." in shown.err
+    assert list(Path().glob("logs/jobs/*")) == []
