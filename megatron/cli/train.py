@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron.cli.width_scaling import run_in_place_of_training
+from megatron.common.errors import Stopped
 from megatron.common.stop import StopSignals
 from megatron.engine.distributed import stop_distributed
 from megatron.evaluation.setup import training_scorer
@@ -27,6 +28,10 @@ def main(argv: list[str] | None = None) -> int:
             run.score = training_scorer(config, run.engine, run.stop.asked_here)
             with signals.deferred(NOTICE):
                 code = train(run)
+        except Stopped:
+            # Whoever insists does not wait for a save in the background either.
+            run.saver.abandon()
+            raise
         finally:
             run.close()
         stop_distributed()

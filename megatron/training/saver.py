@@ -102,6 +102,10 @@ class Saver:
         if self._failure is not None:
             raise CheckpointError(f"{self._failure} This was the last save of the run.") from self._failure
 
+    def abandon(self) -> None:
+        """Leave a save in flight to itself; without its end it is none, and the checkpoints before it are untouched."""
+        self._background = None
+
     def close(self) -> None:
         """Wait for the save in flight and only report how it went: for a run that ends by another error."""
         try:
