@@ -27,6 +27,14 @@ def test_layouts(ranks: Ranks, tmp_path: Path) -> None:
 
 
 def test_precisions(ranks: Ranks, tmp_path: Path) -> None:
+    """Each is once the source and once the target; the other three changes are in the full test."""
+    ring = precision_ring()[:3]
+    assert len({one.precision for one in ring}) == 3
+    check(list(run_ring(ranks, ring, tmp_path)))
+
+
+@pytest.mark.full
+def test_all_precisions(ranks: Ranks, tmp_path: Path) -> None:
     check(list(run_ring(ranks, precision_ring(), tmp_path)))
 
 

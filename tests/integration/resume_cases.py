@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 from typing import Any
 
 from megatron.checkpoint import open_checkpoint
+from megatron.cli import train as command
 from megatron.common.errors import MegatronError
+from megatron.config import load
+from megatron.engine.distributed import stop_distributed
 from megatron.engine.state import import_weights
 from megatron.engine.train_engine import TrainEngine
 from megatron.training import resuming
+from megatron.training.setup import build_run
 from tests.integration.run_cases import train_run
 
 
@@ -29,6 +34,24 @@ def told_run(config_path: str, breaks_loading: bool = False) -> dict[str, Any]:
         except MegatronError as error:
             result["error"] = str(error)
     return {**result, "said": said.getvalue()}
+
+
+def refusals(config_paths: list[str]) -> list[str]:
+    """What each run says in order not to begin; "" for one that would."""
+    said = []
+    for path in config_paths:
+        try:
+            build_run(load([path], devices=int(os.environ["WORLD_SIZE"]))).close()
+            said.append("")
+        except MegatronError as error:
+            said.append(str(error))
+    stop_distributed()
+    return said
+
+
+def exit_code(arguments: list[str]) -> int:
+    """`train.py` with these arguments."""
+    return command.main(arguments)
 
 
 def _import_wrongly(engine: TrainEngine, source: Any, **options: Any) -> None:

@@ -11,6 +11,7 @@ import pytest
 from megatron.cli import verify_resume
 from megatron.common.errors import CheckpointError, ConfigError
 from megatron.config import load
+from tests.integration.resume_cases import exit_code
 from tests.integration.run_cases import train_run, write_config
 
 Ranks = Callable[..., list[Any]]
@@ -27,6 +28,8 @@ def test_a_run_is_verified_and_left_alone(
     config = str(write_config(tmp_path, **DROPOUT))
     ranks(train_run, 1, config)
     before = contents(tmp_path / "run")
+    # Its runs on the warm pool, where they need no start-up; real processes are in the test below.
+    monkeypatch.setattr(verify_resume, "run_ranks", lambda commands: ranks(exit_code, 1, commands[0].arguments[3:])[0])
     assert verify_resume.main([config, "--steps", "2", "--work", str(tmp_path / "work")]) == 0
     assert "identical: uninterrupted from step 4 to 6, and continuing from step 5" in capfd.readouterr().out
     assert contents(tmp_path / "run") == before
