@@ -114,6 +114,12 @@ def rank_arguments(folder: Path) -> dict[str, Any]:
     return arguments if isinstance(arguments, dict) else {}
 
 
+def has_own_head(folder: Path, spec: ModelSpec) -> bool:
+    """Whether the output head has a matrix of its own there, and is not the embedding."""
+    rank, layer = _ranks(folder)[0], spec.num_layers + 4
+    return layer in rank.numbers() and "final_linear.weight" in rank.read(layer)
+
+
 def _is_neox(folder: Path) -> bool:
     return folder.is_dir() and any(
         pattern.fullmatch(path.name) for path in folder.iterdir() for pattern in (_LAYER_FILE, _RANK_FILE, _ZERO3_FILE)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 
 from megatron.checkpoint import Location, find, location, open_checkpoint
@@ -19,7 +20,7 @@ from megatron.convert.family import FREE_FIELDS
 from megatron.convert.foreign import AnyReader, ForeignReader
 from megatron.convert.hf_folder import CONFIG
 from megatron.convert.import_hf import HFSource
-from megatron.convert.neox_files import find_neox_folder, open_neox, rank_arguments
+from megatron.convert.neox_files import find_neox_folder, has_own_head, open_neox, rank_arguments
 from megatron.convert.neox_layers import GroupedLayout
 from megatron.convert.setup import require_same_model
 from megatron.model.spec import ModelSpec
@@ -37,18 +38,31 @@ def foreign_folder(root: str | Location, step: int | None = None) -> Path | None
     return path if (path / CONFIG).is_file() else find_neox_folder(path, step)
 
 
-def _open_foreign(folder: Path, spec: ModelSpec | None, grouped: GroupedLayout | None) -> ForeignReader:
+def _open_foreign(
+    folder: Path, spec: ModelSpec | None, grouped: GroupedLayout | None, may_lack_head: bool
+) -> ForeignReader:
+    may_lack_head = may_lack_head and spec is not None and spec.task != "causal_lm"
     if not (folder / CONFIG).is_file():
         if spec is None:
             raise CheckpointError(f"{folder} is a GPT-NeoX checkpoint, which does not say its model: give its YAML too")
+        if may_lack_head:
+            spec = _language_model(spec, tied_head=not has_own_head(folder, spec), head_bias=False)
         described = require_same_model(folder, spec, rank_arguments(folder))
         reader = open_neox(folder, spec, grouped)
         reader.note = described + reader.note
         return reader
     source = HFSource(folder)
+    theirs = source.spec
+    if may_lack_head and spec is not None and theirs.task == "causal_lm":
+        spec = _language_model(spec, tied_head=theirs.tied_head, head_bias=theirs.head_bias)
     if spec is not None:
-        _require_same(folder, spec, source.spec)
-    return ForeignReader(folder, spec or source.spec, source.read, what="Hugging Face model", origin=source.origin)
+        _require_same(folder, spec, theirs)
+    return ForeignReader(folder, spec or theirs, source.read, what="Hugging Face model", origin=source.origin)
+
+
+def _language_model(spec: ModelSpec, *, tied_head: bool, head_bias: bool) -> ModelSpec:
+    """What a model with a head of labels starts from; with such a head, the spec says no more whether it was tied."""
+    return replace(spec, task="causal_lm", num_labels=0, tied_head=tied_head, head_bias=head_bias)
 
 
 def _require_same(folder: Path, spec: ModelSpec, theirs: ModelSpec) -> None:
@@ -80,6 +94,7 @@ def open_weights(
     *,
     kinds: Collection[str] | None = None,
     grouped: GroupedLayout | None = None,
+    may_lack_head: bool = False,
     part: int = 0,
     parts: int = 1,
     share: Share = lambda text: [text],
@@ -88,7 +103,7 @@ def open_weights(
     """As `megatron.checkpoint.open_checkpoint`, for foreign folders too.
 
     spec: the architecture that the configuration states; a foreign folder does not state it itself. grouped: as in
-    `open_neox`.
+    `open_neox`. may_lack_head: of a spec with a head of labels, take a foreign language model too.
     Raises: CheckpointError on every rank, as above, or if a foreign folder has no `spec` or does not fit it.
     """
     folder = foreign_folder(root, step)
@@ -98,7 +113,7 @@ def open_weights(
         return open_checkpoint(root, step, kinds=kinds, part=part, parts=parts, share=share, report=report)
     problem = ""
     try:
-        reader = _open_foreign(folder, spec, grouped)
+        reader = _open_foreign(folder, spec, grouped, may_lack_head)
         reader.verify(kinds, part, parts)
     except CheckpointError as error:
         problem = str(error)

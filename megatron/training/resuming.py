@@ -7,7 +7,7 @@ that continues is either refused or said, never passed over.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from megatron.checkpoint import Location
@@ -93,9 +93,10 @@ def open_run(engine: TrainEngine, options: LoadOptions, report: Report) -> AnyRe
         return None
     reader = open_weights(
         options.folder,
-        _base_spec(engine.spec),
+        engine.spec.base,
         options.step,
         grouped=options.grouped,
+        may_lack_head=True,
         part=engine.groups.global_rank,
         parts=engine.groups.topology.world_size,
         share=share,
@@ -229,13 +230,6 @@ def _restore_rng(engine: TrainEngine, reader: AnyReader, step: int, report: Repo
         )
     engine.stream.state = states.pop("divided")
     restore(states)
-
-
-def _base_spec(spec: ModelSpec) -> ModelSpec:
-    """The plain language model that a fine-tuned one starts from, as another program would have saved it."""
-    if spec.task != "causal_lm":
-        spec = replace(spec, task="causal_lm", num_labels=0, head_bias=False)
-    return spec.base
 
 
 def _check_model(reader: AnyReader, spec: ModelSpec, weights_only: bool) -> None:

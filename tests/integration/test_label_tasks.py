@@ -9,11 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from megatron.checkpoint import open_checkpoint
 from megatron.cli.evaluate import main as evaluate
 from megatron.cli.generate import main as generate
 from megatron.cli.preprocess_labelled import main as preprocess
 from megatron.common.errors import ConfigError
+from megatron.config import load
+from megatron.convert.export import export_checkpoint
+from megatron.convert.neox_export import export_neox
+from megatron.model.from_config import model_spec
 from tests.integration.run_cases import train_run, write_config
 from tests.pool import RankFailure
 
@@ -95,6 +101,24 @@ def test_a_task_is_learnt_and_scored(
     assert results["n-samples"][prefix]["effective"] == (150 if task == "token_classification" else 50)
     with pytest.raises(ConfigError, match="predicts labels, not text"):
         generate([str(config)])
+
+
+@pytest.mark.parametrize("is_untied", [False, True])
+def test_foreign_language_models_are_given_the_head(ranks: Ranks, tmp_path: Path, is_untied: bool) -> None:
+    """Hugging Face's folder and upstream's, as they lie: whether their heads are tied is no matter here."""
+    base = write_config(tmp_path, "base", train_iters=2, no_weight_tying=is_untied)
+    ranks(train_run, 1, str(base))
+    reader = open_checkpoint(tmp_path / "base")
+    export_checkpoint(reader, tmp_path / "hf", "fp32")
+    export_neox(reader, model_spec(load([base])), tmp_path / "upstream", dtype=torch.float32)
+    keys = {**_prepare(tmp_path, "token_classification"), "data_path": None, "split": None, "train_iters": 3}
+    keys |= {"no_weight_tying": is_untied, "finetune": True, "allow_fresh_start": None}
+    found = [
+        ranks(train_run, 1, str(write_config(tmp_path, f"from_{source}", **keys, load=str(tmp_path / source))))[0]
+        for source in ("base", "hf", "upstream")
+    ]
+    assert len(found[0]["losses"]) == 3
+    assert found[0]["losses"] == found[1]["losses"] == found[2]["losses"]
 
 
 def test_mistakes(ranks: Ranks, tmp_path: Path) -> None:
