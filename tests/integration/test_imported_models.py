@@ -28,12 +28,30 @@ from tests.integration.run_cases import write_dataset
 from tests.parity.hf_models import MODELS
 
 VOCAB = 512  # CharLevelTokenizer's
-# --precision of the conversion -> how near the loss comes to transformers' in fp32
-PRECISIONS = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 2e-3}
+# --precision of the conversion -> how near the loss comes to transformers' in fp32, and the key of the run
+PRECISIONS = {"fp32": (1e-5, "fp32"), "bf16": (1e-2, "bfloat16"), "fp16": (2e-3, "fp16")}
+# ZeRO and tensor-parallel ranks hold the fp32 masters that must follow the loaded weights.
+LAYOUTS: list[tuple[str, int, dict[str, Any]]] = [
+    ("fp32", 1, {}),
+    ("bf16", 1, {}),
+    ("fp16", 1, {}),
+    ("fp32", 2, {"model_parallel_size": 2}),
+    ("bf16", 2, {"model_parallel_size": 2}),
+    ("fp16", 2, {"model_parallel_size": 2}),
+    ("fp32", 2, {"zero_optimization": {"stage": 1}}),
+    ("bf16", 2, {"zero_optimization": {"stage": 1}}),
+    ("fp16", 2, {"zero_optimization": {"stage": 1}}),
+    ("bf16", 2, {"zero_optimization": {"stage": 2}}),
+    ("fp16", 2, {"zero_optimization": {"stage": 2}}),
+    ("bf16", 4, {"zero_optimization": {"stage": 1}, "model_parallel_size": 2, "pipe_parallel_size": 1}),
+    ("fp32", 2, {"pipe_parallel_size": 2}),
+    ("bf16", 2, {"pipe_parallel_size": 2}),
+]
+QUICK = (LAYOUTS[0], LAYOUTS[1], LAYOUTS[2], LAYOUTS[8], LAYOUTS[11])
 
 
 def losses_and_batches(config_path: str) -> list[tuple[float, Any, Any]]:
-    """Train; loss, tokens [B, S] and labels of every step. For a single rank."""
+    """Train; loss, tokens [B, S] and labels of every step. In a replica all ranks see the same."""
     run = build_run(load([config_path], devices=int(os.environ["WORLD_SIZE"])))
     step, steps = run.engine.train_step, []
 
@@ -80,21 +98,38 @@ def run_file(folder: Path, name: str, model: Path, **changes: Any) -> str:
     return str(path)
 
 
-def test_training_goes_on_at_the_old_loss(ranks: Callable[..., list[Any]], tmp_path: Path, folder: Any) -> None:
+@pytest.mark.parametrize(
+    ("precision", "world_size", "layout"),
+    [pytest.param(*case, marks=[] if case in QUICK else [pytest.mark.full]) for case in LAYOUTS],
+)
+def test_training_goes_on_at_the_old_loss(
+    ranks: Callable[..., list[Any]],
+    tmp_path: Path,
+    folder: Any,
+    precision: str,
+    world_size: int,
+    layout: dict[str, Any],
+) -> None:
     write_dataset(tmp_path)
-    for precision, tolerance in PRECISIONS.items():
-        native, model = tmp_path / f"native-{precision}", tmp_path / f"model-{precision}.yml"
-        command = ["--hf-input", str(tmp_path / "hf"), "--output", str(native), "--precision", precision]
-        assert convert_hf_to_neox.main([*command, "--config-out", str(model)]) == 0
-        changes = {"fp16": {"initial_scale_power": 10}} if precision == "fp16" else {}
-        steps = ranks(losses_and_batches, 1, run_file(tmp_path, precision, model, **changes))[0]
-        assert len(steps) == 2
-        # The second step's loss comes after one small update.
-        for (loss, tokens, labels), moved in zip(steps, (0.0, 1e-3), strict=True):
-            with torch.no_grad():
-                expected = F.cross_entropy(folder(tokens).logits.flatten(0, 1), labels.flatten()).item()
-            assert loss == pytest.approx(expected, rel=tolerance + moved)
-            assert expected > 6.5, "a flat model's loss would be 6.24 whatever its weights are"
+    tolerance, word = PRECISIONS[precision]
+    native, model = tmp_path / "native", tmp_path / "model.yml"
+    command = ["--hf-input", str(tmp_path / "hf"), "--output", str(native), "--precision", precision]
+    assert convert_hf_to_neox.main([*command, "--config-out", str(model)]) == 0
+    assert f"precision: {word} " in model.read_text()
+    changes = {"fp16": {"initial_scale_power": 10}} if precision == "fp16" else {}
+    replicas = world_size // layout.get("model_parallel_size", 1) // layout.get("pipe_parallel_size", 1)
+    batch = {"train_batch_size": 4, "train_micro_batch_size_per_gpu": 4 // replicas}
+    per_rank = ranks(losses_and_batches, world_size, run_file(tmp_path, "run", model, **changes, **batch, **layout))
+    for step, moved in enumerate((0.0, 1e-3)):
+        # Rank 0's loss is that of all replicas; the second step's comes after one small update.
+        seen = [steps[step][1:] for steps in per_rank[:: world_size // replicas]]
+        tokens, labels = (torch.cat(parts) for parts in zip(*seen, strict=True))
+        assert len(tokens) == 4
+        with torch.no_grad():
+            expected = F.cross_entropy(folder(tokens).logits.flatten(0, 1), labels.flatten()).item()
+        assert expected > 6.5, "a flat model's loss would be 6.24 whatever its weights are"
+        assert per_rank[0][step][0] == pytest.approx(expected, rel=tolerance + moved)
+    assert len(per_rank[0]) == 2
 
 
 def test_a_continued_model_goes_back_as_what_it_was(
