@@ -33,6 +33,8 @@ def main(argv: list[str] | None = None) -> int:
         f"{spec.hidden_size})"
     )
     print(f"written: {result.config}")
+    for warning in result.warnings:
+        print(f"warning: {warning}")
     print(f"go on:   ./deepy.py train.py {result.config} YOUR_DATA.yml   or   ./deepy.py generate.py {result.config}")
     return 0
 

@@ -10,8 +10,7 @@ transformers, which knows no mask, they would take a share of every probability.
 from __future__ import annotations
 
 import json
-import os
-import shutil
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 
 from megatron.common.errors import CheckpointError
-from megatron.common.files import atomic_write_text, fsync_directory
+from megatron.common.files import atomic_write_text
 from megatron.convert.families import FAMILIES, family_for
 from megatron.convert.family import Family
 from megatron.convert.foreign import ORIGIN, AnyReader, ForeignReader
@@ -27,6 +26,7 @@ from megatron.convert.hf_folder import CONFIG, MAX_FILE_BYTES, is_finite, write_
 from megatron.convert.hf_reference import encode
 from megatron.convert.hf_tokenizer import carry_files, write_tokenizer
 from megatron.convert.logit_check import LogitCheck, check_logits
+from megatron.convert.publish import new_folder, require_free
 from megatron.convert.reader_versions import needed_versions
 from megatron.convert.recipes import Group
 from megatron.model.build import vocabulary_parameters
@@ -92,17 +92,13 @@ def export_checkpoint(
     model, or transformers computes something else; nothing is left behind then.
     """
     spec, output = model_spec(reader), Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise CheckpointError(f"{output} exists and is not empty. Remove it, or choose another --output_dir.")
+    require_free(output, "--output_dir")
     family = choose_family(reader, spec, model_type)
     dtype = None if precision == "stored" else PRECISIONS[precision]
     source = _Source(reader, spec, family, dtype)
     ids = _token_ids(reader, spec, tokenizer, eod_id, pad_id)
     config = config_json(family, spec, dtype=source.main_dtype, ids=ids)
-    temporary = output.with_name(f".{output.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with new_folder(output, "--output_dir", needed_bytes=source.num_bytes) as temporary:
         tensor_bytes = write_weights(temporary, source.described, source.get, max_file_bytes)
         del source  # and the tensors that it still holds
         for name, values in ((CONFIG, config), ("generation_config.json", ids)):
@@ -114,13 +110,6 @@ def export_checkpoint(
             write_tokenizer(temporary, tokenizer, spec.max_positions)
             _check_tokenizer(temporary, tokenizer)
         check = check_logits(reader, spec, family, temporary, dtype, scratch=temporary)
-        fsync_directory(temporary)
-        if output.exists():
-            output.rmdir()
-        os.rename(temporary, output)
-        fsync_directory(output.absolute().parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     needs = needed_versions(family.model_type, family.as_expressed(spec))
     return Exported(output, family.architecture, tensor_bytes, check, needs)
 
@@ -180,6 +169,11 @@ class _Source:
             ):
                 self.described[theirs] = (tuple(tensor.shape), kind)
                 self._group_of[theirs] = group
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all tensors that will be written."""
+        return sum(math.prod(shape) * kind.itemsize for shape, kind in self.described.values())
 
     @property
     def main_dtype(self) -> torch.dtype:

@@ -40,6 +40,16 @@ def carry_files(source: Path, target: Path) -> list[str]:
     return names
 
 
+def number_of_ids(path: Path) -> int:
+    """One more than the largest id in a tokenizer.json; 0 for a kind whose vocabulary is not understood."""
+    values = read_json(path)
+    vocab = values.get("model", {}).get("vocab", {})
+    # Unigram models list pieces with their scores.
+    ids = [len(vocab) - 1] if isinstance(vocab, list) else list(vocab.values())
+    ids += [token["id"] for token in values.get("added_tokens") or []]
+    return 1 + max(ids, default=-1)
+
+
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, max_positions: int) -> None:
     """Write tokenizer.json (or vocab.json and merges.txt), tokenizer_config.json and special_tokens_map.json.
 

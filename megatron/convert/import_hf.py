@@ -7,8 +7,6 @@ with one rename, after the check.
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -18,14 +16,17 @@ from typing import Any
 import torch
 
 from megatron.checkpoint import Piece, Reader, save
+from megatron.checkpoint.find import step_folders
+from megatron.checkpoint.manifest import MANIFEST
 from megatron.common.errors import CheckpointError
-from megatron.common.files import atomic_write_text, fsync_directory
+from megatron.common.files import atomic_write_text
 from megatron.convert.families import family_of_config
 from megatron.convert.family import EMBEDDING, Family
 from megatron.convert.foreign import ORIGIN
 from megatron.convert.hf_folder import CONFIG, HFWeights, is_finite, read_json
-from megatron.convert.hf_tokenizer import carry_files
+from megatron.convert.hf_tokenizer import carry_files, number_of_ids
 from megatron.convert.logit_check import LogitCheck, check_logits
+from megatron.convert.publish import new_folder, require_free
 from megatron.convert.recipes import Group
 from megatron.convert.yaml_config import yaml_text
 from megatron.model.build import Transformer, vocabulary_parameters
@@ -36,19 +37,55 @@ from megatron.parallel.sharding import ShardSpec, get_shard_spec
 
 @dataclass(frozen=True)
 class Imported:
-    """What was written: the checkpoint's root, the YAML beside it, the model, and how near transformers' logits are."""
+    """What was written: the checkpoint's root, the YAML beside it, the model, and how near transformers' logits are.
+
+    warnings: what of the tokenizer will need the user's hand.
+    """
 
     folder: Path
     config: Path
     spec: ModelSpec
     tensor_bytes: int
     check: LogitCheck
+    warnings: list[str]
 
 
 def read_spec(folder: str | Path) -> ModelSpec:
     """The architecture that config.json states. Raises: CheckpointError if it is missing or of an unknown model."""
-    config = read_json(Path(folder) / CONFIG)
+    config = _read_config(Path(folder))
     return family_of_config(config).read_model(config)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """config.json. Raises: CheckpointError that says what the folder is instead."""
+    if (folder / CONFIG).is_file() or not folder.is_dir():
+        return read_json(folder / CONFIG)
+    if step_folders(folder) or (folder / MANIFEST).is_file():
+        why = "It is a checkpoint already: let `load` point to it. tools/ckpts/convert_neox_to_hf.py is the way back."
+    elif inside := sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}")):
+        why = f"Of the folders in it, these have one: {', '.join(inside[:5])}."
+    elif any(folder.glob("adapter_config.json")):
+        why = "It is a PEFT adapter; merge it into its base model first (merge_and_unload, save_pretrained)."
+    else:
+        why = "Download the whole model: config.json, the weight files and the tokenizer's files."
+    raise CheckpointError(f"{folder} holds no {CONFIG}, so it is no Hugging Face model. {why}")
+
+
+def _about_tokenizer(folder: Path, carried: list[str], spec: ModelSpec) -> list[str]:
+    if not {"tokenizer.json", "vocab.json", "tokenizer.model"}.intersection(carried):
+        return [
+            "there is no tokenizer in the folder (tokenizer.json, vocab.json with merges.txt, or tokenizer.model): set "
+            "tokenizer_type and vocab_file in the YAML before training or generating"
+        ]
+    if "tokenizer.json" not in carried:
+        return []
+    known = number_of_ids(folder / "tokenizer.json")
+    if known <= spec.vocab_size:
+        return []
+    return [
+        f"its tokenizer.json has ids up to {known - 1}, the model rows for {spec.vocab_size}: texts with such an id "
+        "cannot be fed to it, and training will refuse the pair. Is it another model's tokenizer?"
+    ]
 
 
 def parameter_specs(spec: ModelSpec) -> dict[str, ShardSpec]:
@@ -64,7 +101,7 @@ class HFSource:
     def __init__(self, folder: str | Path, spec: ModelSpec | None = None) -> None:
         """Raises: CheckpointError if config.json and the files do not fit each other, naming the tensor."""
         self.folder = Path(folder)
-        self.config = read_json(self.folder / CONFIG)
+        self.config = _read_config(self.folder)
         self.family: Family = family_of_config(self.config)
         self.spec = spec or self.family.read_model(self.config)
         self.weights = HFWeights(folder)
@@ -169,15 +206,11 @@ def import_folder(
     Raises: CheckpointError if anything does not fit or transformers computes something else; nothing is left then.
     """
     source, output = HFSource(folder), Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise CheckpointError(f"{output} exists and is not empty. Remove it, or choose another --output.")
+    require_free(output, "--output")
     config_path = Path(config_out) if config_out is not None else output / "config.yml"
     if config_out is not None and config_path.exists():
         raise CheckpointError(f"{config_path} exists. Remove it, or choose another --config-out.")
-    temporary = output.with_name(f".{output.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with new_folder(output, "--output") as temporary:
         kinds = {name: dtype or source.dtype(name) for name in source.names()}
         save(
             temporary,
@@ -193,18 +226,11 @@ def import_folder(
         carried = carry_files(source.folder, temporary)
         text = yaml_text(source.spec, output.absolute(), carried, source.folder, next(iter(kinds.values())))
         atomic_write_text(temporary / "config.yml", text)
-        fsync_directory(temporary)
-        if output.exists():
-            output.rmdir()
-        os.rename(temporary, output)
-        fsync_directory(output.absolute().parent)
-        if config_out is not None:
-            atomic_write_text(config_path, text)
-            (output / "config.yml").unlink()
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    if config_out is not None:
+        atomic_write_text(config_path, text)
+        (output / "config.yml").unlink()
     numel = sum(torch.Size(source.specs[name].logical_shape).numel() * kind.itemsize for name, kind in kinds.items())
-    return Imported(output, config_path, source.spec, numel, check)
+    return Imported(output, config_path, source.spec, numel, check, _about_tokenizer(output, carried, source.spec))
 
 
 def _piece(source: HFSource, name: str, kind: torch.dtype, dtype: torch.dtype | None) -> Piece:

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +19,11 @@ import torch
 from safetensors.torch import save_file
 
 from megatron.common.errors import CheckpointError
-from megatron.common.files import atomic_write_text, fsync_directory
+from megatron.common.files import atomic_write_text
 from megatron.convert.export import choose_family
 from megatron.convert.family import Family
 from megatron.convert.foreign import AnyReader
+from megatron.convert.publish import new_folder, require_free
 from megatron.convert.recipes import Group
 from megatron.model.soft_prompt import SOFT_PROMPT_WEIGHT
 from megatron.model.spec import ModelSpec
@@ -60,7 +59,7 @@ def export_adapter(
             "which updates beside them do not see. Export the merged model without --adapter."
         )
     family = choose_family(reader, _without_updates(spec), model_type)
-    _require_free(output)
+    require_free(output, "--output_dir")
     tensors, ranks = _tensors(reader, spec, family, dtype)
     _write(output, tensors, _config(spec, family, ranks, base))
     return len(ranks)
@@ -85,7 +84,7 @@ def export_prompt(
             "prompt, made for it, with --adapter."
         )
     family = choose_family(reader, dataclasses.replace(spec, soft_prompt=None), model_type)
-    _require_free(output)
+    require_free(output, "--output_dir")
     prompt = reader.read(SOFT_PROMPT_WEIGHT, dtype=dtype)
     _write(
         output,
@@ -108,26 +107,11 @@ def export_prompt(
     return spec.num_virtual_tokens
 
 
-def _require_free(output: Path) -> None:
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise CheckpointError(f"{output} exists and is not empty. Remove it, or choose another --output_dir.")
-
-
 def _write(output: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
     """Make the folder appear with one rename."""
-    temporary = output.with_name(f".{output.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with new_folder(output, "--output_dir") as temporary:
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         atomic_write_text(temporary / CONFIG, json.dumps(config, indent=2) + "\n")
-        fsync_directory(temporary)
-        if output.exists():
-            output.rmdir()
-        os.rename(temporary, output)
-        fsync_directory(output.absolute().parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _without_updates(spec: ModelSpec) -> ModelSpec:

@@ -152,7 +152,7 @@ def _tokenizer_keys(root: Path, carried: Sequence[str]) -> dict[str, tuple[Any, 
             "tokenizer_type": ("SPMTokenizer", "a SentencePiece model"),
             "vocab_file": (str(root / "tokenizer.model"), "the tokenizer"),
         }
-    return {"padded_vocab_size": (None, "set it, or a tokenizer: the folder had none")}
+    return {"padded_vocab_size": (None, "the folder had no tokenizer: set tokenizer_type and vocab_file")}
 
 
 def _lines(keys: dict[str, tuple[Any, str]]) -> list[str]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +20,7 @@ from megatron.checkpoint import Reader
 from megatron.cli import convert_hf_to_neox, convert_neox_to_hf
 from megatron.common.errors import CheckpointError
 from megatron.config import load
-from megatron.convert import import_hf
+from megatron.convert import hf_folder, import_hf, publish
 from megatron.convert.export import export_checkpoint
 from megatron.convert.families import FAMILIES
 from megatron.convert.hf_folder import INDEX, SINGLE, HFWeights
@@ -114,7 +117,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: change_config(f, rope_parameters={"rope_type": "longrope"}),
         "scales rotary positions by 'longrope'; known are default, linear, llama3 and yarn",
     ),
-    "no config": (lambda f: (f / "config.json").unlink(), "config.json cannot be read: No such file"),
+    "no config": (lambda f: (f / "config.json").unlink(), r"holds no config\.json.* Download the whole model"),
     "a broken config": (lambda f: (f / "config.json").write_text("{"), "config.json is no JSON"),
     "no weights": (
         lambda f: [path.unlink() for path in f.glob("model*")], "holds neither model.safetensors nor model.safetensors"
@@ -274,3 +277,52 @@ def test_a_stop_before_the_rename_leaves_nothing(folder: Path, tmp_path: Path, m
     with pytest.raises(KeyboardInterrupt):
         import_folder(folder, tmp_path / "native")
     assert [path.name for path in tmp_path.iterdir()] == ["tiny-llama"]
+
+
+def test_other_folders_are_told_what_they_are(folder: Path, tmp_path: Path) -> None:
+    import_folder(folder, tmp_path / "native")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    for given, told in (
+        (tmp_path / "native", "It is a checkpoint already"),
+        (tmp_path / "native/global_step0", "It is a checkpoint already"),
+        (tmp_path, "these have one: tiny-llama"),
+        (adapter, "It is a PEFT adapter"),
+    ):
+        with pytest.raises(CheckpointError, match=told):
+            import_folder(given, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_tokenizer_that_does_not_fit_is_told(folder: Path, tmp_path: Path) -> None:
+    assert import_folder(folder, tmp_path / "own").warnings == []
+    (folder / "tokenizer.json").unlink()
+    (without,) = import_folder(folder, tmp_path / "without").warnings
+    assert "no tokenizer in the folder" in without
+    tokenizer: dict[str, Any] = {"model": {"vocab": {"a": 0, "b": VOCAB - 1}}, "added_tokens": []}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert import_folder(folder, tmp_path / "fits").warnings == []
+    tokenizer["added_tokens"] = [{"id": VOCAB + 2, "content": "<x>"}]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (told,) = import_folder(folder, tmp_path / "large").warnings
+    assert f"ids up to {VOCAB + 2}, the model rows for {VOCAB}" in told
+
+
+@pytest.mark.parametrize("moment", ["before", "while writing"])
+def test_a_full_disk_is_told(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    import_folder(folder, tmp_path / "native")
+    reader = Reader(tmp_path / "native/global_step0")
+    if moment == "before":
+        monkeypatch.setattr(publish.shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000))
+        told = r"back needs 68\.\d+ kB and 10\.00 kB are free there; nothing was written"
+    else:
+
+        def full(tensor: torch.Tensor) -> Any:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(hf_folder, "host_bytes", full)
+        told = "back could not be made: No space left on device. Nothing was left behind"
+    with pytest.raises(CheckpointError, match=told):
+        export_checkpoint(reader, tmp_path / "back", "stored")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["native", "tiny-llama"]
