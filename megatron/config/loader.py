@@ -7,6 +7,7 @@ or one `ConfigError` that lists every problem found.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,11 @@ def load(
 
     Raises: ConfigError listing all problems.
     """
-    sources = [read_source(find_file(name, conf_dir)) for name in files]
+    paths = [find_file(name, conf_dir) for name in files]
+    for path, times in Counter(path.resolve() for path in paths).items():
+        if times > 1:
+            raise ConfigError(f"{path}: is given {times} times. Name it once.")
+    sources = [read_source(path) for path in paths]
     for source in sources:
         _refuse_other_kinds(source)
     merged = Merged(problems=[problem for source in sources for problem in source.problems])

@@ -51,12 +51,14 @@ def of_script(folder: Path, name: str) -> dict[int, str]:
     return {pid: line for pid, line in processes(str(folder)).items() if name in line}
 
 
-@pytest.mark.parametrize(("launcher", "slots"), [("pdsh", 2), ("openmpi", 1)])
+@pytest.mark.parametrize(("launcher", "slots"), [("pdsh", 2), ("openmpi", 1), ("slurm", 1)])
 def test_two_nodes_train_as_one(cluster: Cluster, ranks: Ranks, tmp_path: Path, launcher: str, slots: int) -> None:
     expected = ranks(train_run, 2 * slots, str(write_config(tmp_path, "one", train_iters=4)))
-    hosts = hostfile(tmp_path, slots)
-    config = write_config(tmp_path, "two", train_iters=4, launcher=launcher, hostfile=hosts, **ON_CPU)
-    code, out, err = cluster.run(*DEEPY, TRAIN, str(config), cwd=tmp_path)
+    is_slurm = launcher == "slurm"
+    where = {"num_nodes": 2, "cpu_processes": slots} if is_slurm else {"hostfile": hostfile(tmp_path, slots)}
+    config = write_config(tmp_path, "two", train_iters=4, launcher=launcher, **where, **ON_CPU)
+    front = ("salloc", "-Q", "-N2", "--exclusive", "-p", "high") if is_slurm else ()
+    code, out, err = cluster.run(*front, *DEEPY, TRAIN, str(config), cwd=tmp_path)
     assert code == 0, out + err
     assert losses(tmp_path / "two") == pytest.approx(expected[0]["losses"], rel=0 if slots == 1 else 1e-6)
     assert not (tmp_path / ".deepy").exists()

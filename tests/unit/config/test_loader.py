@@ -59,6 +59,11 @@ def test_a_key_in_two_files_is_refused_in_either_spelling(write: Write) -> None:
     assert problems(first, second) == [f"{second}:1: seq_length is also set in {first}:4. Keep one of the two."]
 
 
+def test_one_file_given_twice_is_one_mistake(write: Write) -> None:
+    path = write("a.yml", BASE)
+    assert problems(path, path.parent / "." / "a") == [f"{path}: is given 2 times. Name it once."]
+
+
 def test_two_files_of_one_name_are_both_kept(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     first, second = tmp_path / "a.yml", tmp_path / "x" / "a.yml"
