@@ -72,10 +72,11 @@ def train_with_full_disk(config_path: str, failures: dict[int, int]) -> dict[str
     return {**result, "messages": messages, "error": error}
 
 
-def killed_at_every_operation(folder: str, changes: dict[str, Any], thorough: bool) -> dict[str, Any]:
+def killed_at_every_operation(folder: str, changes: dict[str, Any], which: str) -> dict[str, Any]:
     """For each operation of the save of step 4: a run that is killed ahead of it, and the step it then goes on from.
 
-    Of many writes in a row into one file, the first, one in the middle and the last stand for all, unless `thorough`.
+    which: "all" operations; "kinds": of many writes in a row into one file, the first, one in the middle and the last
+    stand for all; "half": every other one of these.
     Returns {operations: the names, starts: per number of operations done}; final checkpoints are for the caller.
     """
     dist.destroy_process_group()  # children start their own: threads do not survive a fork
@@ -90,7 +91,7 @@ def killed_at_every_operation(folder: str, changes: dict[str, Any], thorough: bo
     first = next(number for number, line in enumerate(operations) if "global_step4" in line)
     end = next(number for number, line in enumerate(operations) if "global_step6" in line)
     starts = {}
-    for count in _worth_it(operations, first, end, thorough):
+    for count in _worth_it(operations, first, end, which):
         name, to = f"killed{count}", root / f"start{count}"
         status = _child(lambda name=name, count=count: _train_counting(config(name), count, None))  # type: ignore[misc]
         if not os.WIFSIGNALED(status) or os.WTERMSIG(status) != signal.SIGKILL:
@@ -101,14 +102,14 @@ def killed_at_every_operation(folder: str, changes: dict[str, Any], thorough: bo
     return {"starts": starts, "operations": operations}
 
 
-def _worth_it(operations: list[str], first: int, end: int, thorough: bool) -> list[int]:
+def _worth_it(operations: list[str], first: int, end: int, which: str) -> list[int]:
     chosen = []
     for number in range(first, end):
         neighbours = operations[number - 1 : number + 2]
         is_inside = all(other.startswith("write") for other in neighbours)
-        if thorough or not is_inside or (number - first) % 40 == 0:
+        if which == "all" or not is_inside or (number - first) % 40 == 0:
             chosen.append(number)
-    return chosen
+    return chosen[::2] if which == "half" else chosen
 
 
 def _train_counting(config_path: str, kill_after: int, log: Path | None) -> None:
