@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         kinds=["weight"],
         grouped=None if config is None else config.checkpoint.upstream_gqa_layout,
     )
-    reader = folded(without_prompt(merged(reader), is_asked=args.without_soft_prompt))
+    stored, reader = model_spec(reader), folded(without_prompt(merged(reader), is_asked=args.without_soft_prompt))
     configs = reader.source_files()
     if args.config_file:
         configs[args.config_file.name] = args.config_file.read_text()
@@ -44,6 +44,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     print(f"{reader.folder} (step {reader.step}) -> {folder}, {args.precision}, model_parallel_size {args.tp}")
     print(f"read back and compared. For GPT-NeoX: load: {args.output_dir}, pipe_parallel_size: {_stages(args)}")
+    if stored.mup is not None:
+        head = "" if model_spec(reader).tied_head or not stored.tied_head else ", and set no_weight_tying: true"
+        print(f"its multipliers are in the weights now: remove the mup keys from the YAML{head}")
     return 0
 
 

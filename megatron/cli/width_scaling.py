@@ -33,13 +33,27 @@ def run_in_place_of_training(config: Config) -> bool:
 
 
 def save_base_shapes(config: Config) -> None:
-    """Write the widths of the configuration's model to base_shapes_file."""
+    """Write the widths of the configuration's model to base_shapes_file. Raises: ConfigError if it holds others."""
     model, file = config.model, config.width.base_shapes_file
     assert file is not None
     shapes = BaseShapes.model_validate({name: getattr(model, name) for name in BaseShapes.model_fields})
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(file, json.dumps(shapes.model_dump(), indent=1) + "\n")
-    print(f"wrote {file}: {', '.join(f'{name} {value}' for name, value in shapes.model_dump().items())}")
+    text = json.dumps(shapes.model_dump(), indent=1) + "\n"
+    given = f"{config.origin('base_shapes_file')}: base_shapes_file = {file}"
+    try:
+        if Path(file).exists() and Path(file).read_bytes() != text.encode():
+            raise ConfigError(
+                f"{given} exists and holds something else than the widths of this model ({_listed(shapes)}). Runs may "
+                "be scaled by it: remove it first if it is not needed, or choose another name."
+            )
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(file, text)
+    except OSError as error:
+        raise ConfigError(f"{given} cannot be written: {error.strerror}. Name a file that can be.") from error
+    print(f"wrote {file}: {_listed(shapes)}")
+
+
+def _listed(shapes: BaseShapes) -> str:
+    return ", ".join(f"{name} {value}" for name, value in shapes.model_dump().items())
 
 
 def check_coordinates(config: Config) -> None:

@@ -42,6 +42,9 @@ def plain_message(dotted: str, item: Mapping[str, Any], section: type[BaseModel]
         if block == "optimizer":
             return f"unknown key {name} in optimizer: it holds type and params. Move {name} into params."
         return unknown_name(name, block, _fields_of(section, block.split(".")))
+    block, _, name = dotted.rpartition(".")
+    if kind == "missing" and not name.isdigit():
+        return f"{block} needs {name}. Add it."
     given = f"{dotted} = {show(item.get('input'))}"
     if kind == "literal_error":
         choices = choices_of(section, dotted) or tuple(str(context.get("expected", "")).replace("'", "").split(", "))

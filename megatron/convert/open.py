@@ -24,6 +24,7 @@ from megatron.convert.neox_files import find_neox_folder, has_own_head, open_neo
 from megatron.convert.neox_layers import GroupedLayout
 from megatron.convert.setup import require_same_model
 from megatron.model.spec import ModelSpec
+from megatron.model.width_scaling import by_width_keys
 
 _FREE_FIELDS = FREE_FIELDS | {"vocab_size"}
 
@@ -68,10 +69,10 @@ def _language_model(spec: ModelSpec, *, tied_head: bool, head_bias: bool) -> Mod
 def _require_same(folder: Path, spec: ModelSpec, theirs: ModelSpec) -> None:
     """The configured model is the folder's, but for its vocabulary: tokenizers often know fewer ids than there are
     rows."""
-    mine = spec.to_dict()
+    published, mine = by_width_keys(theirs.to_dict(), spec.to_dict())
     differing = [
         f"{name}: {CONFIG} {value!r}, config {mine[name]!r}"
-        for name, value in theirs.to_dict().items()
+        for name, value in published.items()
         if name not in _FREE_FIELDS and value != mine[name]
     ]
     if differing:

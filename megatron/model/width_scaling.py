@@ -7,12 +7,21 @@ ModelSpec's (`attention_scale`, `output_scale`). Invariant: decided by name and 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from megatron.model.lora import is_update
 from megatron.model.spec import ModelSpec, WidthScaling
 
 UpdateRule = Literal["adam", "sgd"]
+
+# Keys of what WidthScaling holds besides the widths of mup_base_shapes.
+_KEYS = {
+    "num_heads": "mup_base_shapes.num_attention_heads",
+    "embedding_mult": "mup_embedding_mult",
+    "position_mult": "mup_rp_embedding_mult",
+    "attention_temp": "mup_attn_temp",
+    "output_temp": "mup_output_temp",
+}
 
 
 def update_rule(optimizer: str) -> UpdateRule:
@@ -85,3 +94,19 @@ def _vector_width(module: str, own: str, spec: ModelSpec, base: WidthScaling) ->
     if (module == "head" and own == "bias") or (module.endswith("norm") and spec.norm == "scalenorm"):
         return 1.0
     return spec.hidden_size / base.hidden_size
+
+
+def by_width_keys(first: dict[str, Any], second: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Two specs as dicts, to be compared: in place of `mup` its fields, by the keys that set them.
+
+    Where one has none, `use_mup` says it all, and the fields of the other are left out.
+    """
+    is_shared = first.get("mup") is not None and second.get("mup") is not None
+
+    def flat(spec: dict[str, Any]) -> dict[str, Any]:
+        widths: dict[str, Any] = spec["mup"] if is_shared else {}
+        keys = {_KEYS.get(name, f"mup_base_shapes.{name}"): value for name, value in widths.items()}
+        rest = {name: value for name, value in spec.items() if name != "mup"}
+        return {**rest, "use_mup": spec.get("mup") is not None, **keys}
+
+    return flat(first), flat(second)

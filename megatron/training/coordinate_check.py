@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron.model.build import WORD_EMBEDDING, Transformer, build_model
+from megatron.model.lora import is_trained
 from megatron.model.spec import ModelSpec, WidthScaling
 from megatron.model.width_scaling import UpdateRule, lr_factor
 from megatron.optim.parameter_groups import parameter_groups
@@ -121,6 +122,8 @@ def measure(
         spec = _with_base(narrow, specs[0]) if uses_mup else replace(narrow, mup=None)
         for seed in seeds:
             model = build_model(spec, seed=seed, device=device)
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(is_trained(name, spec, (), ()))
             groups = parameter_groups(model.named_parameters(), weight_decay, _factor(spec, rule))
             optimizer = optimizer_factory(groups)
             for group in optimizer.param_groups:

@@ -19,6 +19,7 @@ from megatron.convert.open import foreign_folder, open_weights
 from megatron.engine.state import import_optimizer, import_weights
 from megatron.engine.train_engine import TrainEngine
 from megatron.model.spec import ModelSpec
+from megatron.model.width_scaling import by_width_keys
 from megatron.optim.schedule import LearningRateSchedule
 from megatron.training.additions import agreed_fields, is_kept, source_of, start_of_prompt
 from megatron.training.forward_check import check_forward
@@ -41,14 +42,6 @@ _FREE_FIELDS = frozenset(
 # Names of one optimizer: their states are the same.
 _OPTIMIZER_FAMILIES = {"adamw": "adam", "cpu_adam": "adam", "cpu_torch_adam": "adam"}
 _SHOWN_CHARACTERS = 60
-# Keys of what a spec's muP holds besides the widths of mup_base_shapes.
-_WIDTH_KEYS = {
-    "num_heads": "mup_base_shapes.num_attention_heads",
-    "embedding_mult": "mup_embedding_mult",
-    "position_mult": "mup_rp_embedding_mult",
-    "attention_temp": "mup_attn_temp",
-    "output_temp": "mup_output_temp",
-}
 
 
 @dataclass(frozen=True)
@@ -235,10 +228,7 @@ def _restore_rng(engine: TrainEngine, reader: AnyReader, step: int, report: Repo
 def _check_model(reader: AnyReader, spec: ModelSpec, weights_only: bool) -> None:
     saved = _readable(reader.state.get("model_spec", {}))
     mine = agreed_fields(reader, saved, spec.to_dict(), weights_only)
-    theirs, ours = _by_width_key(saved), _by_width_key(mine)
-    if theirs["use_mup"] != ours["use_mup"]:
-        # That says it all.
-        theirs, ours = ({k: v for k, v in spec.items() if not k.startswith("mup_")} for spec in (theirs, ours))
+    theirs, ours = by_width_keys(saved, mine)
     differing = [
         f"{name}: checkpoint {theirs.get(name)!r}, config {ours.get(name)!r}"
         for name in sorted({*theirs, *ours} - _FREE_FIELDS)
@@ -250,13 +240,6 @@ def _check_model(reader: AnyReader, spec: ModelSpec, weights_only: bool) -> None
             + "\n  ".join(differing)
             + "\nUse the config it was trained with."
         )
-
-
-def _by_width_key(spec: dict[str, Any]) -> dict[str, Any]:
-    """A spec's fields with those of muP one by one, by the keys that set them."""
-    widths = spec.get("mup")
-    keys = {} if widths is None else {_WIDTH_KEYS.get(name, f"mup_base_shapes.{name}"): widths[name] for name in widths}
-    return {**{name: spec[name] for name in spec if name != "mup"}, "use_mup": widths is not None, **keys}
 
 
 def _readable(saved: dict[str, Any]) -> dict[str, Any]:

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from megatron.model.build import build_model
 from megatron.model.spec import LowRank, WidthScaling
 from tests.distributed import resume_matrix
 from tests.distributed.cells import BLOCKS, EPS
 from tests.distributed.differences import differences
-from tests.distributed.layout_cases import Case, tiny_spec, train_case
+from tests.distributed.layout_cases import Case, assemble, learning_rate, tiny_spec, train_case
 from tests.distributed.oracle import oracle_run
 from tests.distributed.tolerances import FP32, excesses
 
@@ -45,6 +47,32 @@ def test_equals_one_process(ranks: Ranks, name: str) -> None:
     results = ranks(train_case, case.world_size, case)
     expected = oracle_run(case)
     assert excesses(differences(results, expected), FP32) == []
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(dp=2, zero_stage=1, precision="bfloat16", steps=1, spec={"mup": MUP}),
+        Case(tp=2, pp=2, precision="bfloat16", steps=1, spec={"mup": MUP}),
+        Case(dp=2, zero_stage=3, precision="fp16", steps=1, spec={"mup": MUP}),
+        Case(precision="fp16", steps=1, spec={"mup": MUP}),
+    ],
+    ids=lambda case: f"{case.precision}-tp{case.tp}-pp{case.pp}-zero{case.zero_stage}",
+)
+def test_half_precision_steps_have_the_rate_of_each_parameter(ranks: Ranks, case: Case) -> None:
+    """Adam's first step moves an element by its learning rate, whatever its gradient."""
+    after = assemble(ranks(train_case, case.world_size, case))
+    dtype = getattr(torch, "float16" if case.precision == "fp16" else case.precision)
+    initial = dict(build_model(tiny_spec(**case.spec), seed=case.seed).named_parameters())
+    assert len({case.lr_factor(name) for name in initial}) == 3
+    for name, parameter in initial.items():
+        start = parameter.detach()
+        moved = min(
+            # Masters begin at the weights as drawn, or as rounded.
+            abs(float((after[name] - begin).abs().median()) / (learning_rate(0) * case.lr_factor(name)) - 1)
+            for begin in (start, start.to(dtype).float())
+        )
+        assert moved < 0.1, name
 
 
 def test_layouts_continue_each_other(ranks: Ranks, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ ON: dict[str, Any] = {"use_mup": True, "mup_base_shapes": SHAPES}
         ({"coord_check": True, "optimizer": MADGRAD}, "under muP (coord_check, "),
         ({**ON, "init_method": "orthogonal"}, "init_method = orthogonal does not scale with the width as muP"),
         ({"mup_width_scale": 17}, "mup_width_scale"),
-        ({"use_mup": True, "mup_base_shapes": {"hidden_size": 24}}, "mup_base_shapes"),
+        ({"use_mup": True, "mup_base_shapes": {"hidden_size": 24}}, "mup_base_shapes needs ffn_size. Add it."),
     ],
 )
 def test_refused(refused: Callable[..., str], changes: dict[str, Any], message: str) -> None:

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 
 from megatron.cli.width_scaling import run_in_place_of_training
+from megatron.common.errors import ConfigError
 from megatron.config import Config, load
-from megatron.model.spec import ModelSpec, WidthScaling
+from megatron.model.spec import LowRank, ModelSpec, WidthScaling
 from megatron.model.width_scaling import UpdateRule
 from megatron.optim.build import build_optimizer
+from megatron.training import coordinate_check
 from megatron.training.coordinate_check import LOGITS, Movement, ladder, measure, verdict, widened
 
 SPEC = ModelSpec(
@@ -25,9 +27,9 @@ SPEC = ModelSpec(
 RATES: dict[UpdateRule, float] = {"adam": 0.01, "sgd": 0.3}
 
 
-def movement(rule: UpdateRule, *, uses_mup: bool) -> Movement:
+def movement(rule: UpdateRule, *, uses_mup: bool, spec: ModelSpec = SPEC, narrowest: int = 8) -> Movement:
     return measure(
-        [widened(SPEC, head_dim) for head_dim in (8, 24, 72)],
+        [widened(spec, narrowest * factor) for factor in (1, 3, 9)],
         lambda groups: build_optimizer(groups, rule, lr=RATES[rule]),
         learning_rate=RATES[rule],
         weight_decay=0.1,
@@ -48,6 +50,18 @@ def test_flat_under_mup_and_growing_without(rule: UpdateRule) -> None:
     is_independent, words = verdict(growing, growing)
     assert not is_independent
     assert words.startswith("NOT INDEPENDENT of the width with muP: change ~ width^p with p from")
+
+
+def test_low_rank_updates_move_as_far_at_every_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    updates = LowRank(4, 8.0, ("query_key_value", "dense", "linear1", "linear2"))
+    spec = replace(SPEC, lora=updates, init_method="small_init", output_init_method="wang_init")
+    blocks = [f"layers.{place}" for place in range(SPEC.num_layers)]
+    flat = movement("adam", uses_mup=True, spec=spec, narrowest=16)
+    assert flat.changes["embedding.word_embeddings"] == [0.0] * 3
+    assert all(abs(flat.slope(layer)) < 0.2 for layer in blocks), flat.slopes()
+    monkeypatch.setattr(coordinate_check, "lr_factor", lambda *_: 1.0)
+    growing = movement("adam", uses_mup=True, spec=spec, narrowest=16)
+    assert all(growing.slope(layer) > 0.3 for layer in blocks), growing.slopes()
 
 
 def test_slopes_are_exponents() -> None:
@@ -136,6 +150,13 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
         "num_kv_heads": model.num_kv_heads,
         "head_dim": model.head_dim,
     }
+    written = file.read_bytes()
+    assert run_in_place_of_training(config)
+    with pytest.raises(ConfigError, match="holds something else than the widths of this model"):
+        run_in_place_of_training(tiny(**keys, hidden_size=96, save_base_shapes=True, base_shapes_file=str(file)))
+    assert file.read_bytes() == written
+    with pytest.raises(ConfigError, match="cannot be written: Is a directory"):
+        run_in_place_of_training(tiny(**keys, save_base_shapes=True, base_shapes_file=str(tmp_path)))
     base = tiny(**keys, use_mup=True, base_shapes_file=str(file)).width.mup_base_shapes
     assert base is not None
     assert base.hidden_size == model.hidden_size
