@@ -99,7 +99,8 @@ def initialize_parameters(
         elif name.endswith(".lora.a"):
             fill_from(parameter, name, _uniform_by_width, seed=seed, tp_rank=groups.tp_rank, tp_size=groups.tp_size)
         elif name == SOFT_PROMPT_WEIGHT:
-            fill_from(parameter, name, _prompt(spec, inner, seed), seed=seed, tp_rank=0, tp_size=1)
+            draw = _prompt(spec, _scaled(inner, spec.init_scale), seed)
+            fill_from(parameter, name, draw, seed=seed, tp_rank=0, tp_size=1)
         elif name.endswith(".bias"):
             parameter.fill_(0.0)
         elif parameter.dim() == 1:

@@ -70,7 +70,7 @@ def ladder(spec: ModelSpec, factor: int) -> list[ModelSpec]:
         heads = group * kv_heads
     head_dim = 8 * math.ceil(NARROWEST / (8 * heads))
     shallow = replace(
-        spec,
+        spec.base,
         num_layers=min(spec.num_layers, MOST_LAYERS),
         num_heads=heads,
         num_kv_heads=kv_heads,
@@ -81,7 +81,6 @@ def ladder(spec: ModelSpec, factor: int) -> list[ModelSpec]:
         window_layers=None,
         attention_dropout=0.0,
         hidden_dropout=0.0,
-        lora=None,
     )
     wider = [widened(shallow, head_dim * factor**rung) for rung in range(MOST_WIDTHS)]
     return [spec for rung, spec in enumerate(wider) if rung < 2 or spec.hidden_size <= WIDEST]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron.model.build import build_model
-from megatron.model.spec import LowRank, WidthScaling
+from megatron.model.spec import LowRank, SoftPrompt, WidthScaling
 from tests.distributed import resume_matrix
 from tests.distributed.cells import BLOCKS, EPS
 from tests.distributed.differences import differences
@@ -36,6 +36,9 @@ CASES = {
     "tp4-shared-kv": Case(tp=4, **FIVE, spec={"mup": MUP, "num_kv_heads": 2, **BLOCKS["llama"]}),
     "tp2-pp2-tied": Case(tp=2, pp=2, **FIVE, spec={"mup": MUP, "tied_head": True}),
     "tp2-pp2-lora": Case(tp=2, pp=2, **FIVE, spec={"mup": MUP, "lora": UPDATES}),
+    "pp2-prompt": Case(
+        pp=2, dp=1, **FIVE, spec={"mup": MUP, "init_scale": 1.5, "soft_prompt": SoftPrompt(3, init_ids=(7, 90, 0))}
+    ),
     # A stage without a block: its optimizer has the groups of the others all the same.
     "pp4-head-alone": Case(pp=4, dp=1, partition_method="parameters", **FIVE, spec={"mup": MUP, "num_layers": 2}),
 }

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 from megatron.model.build import build_model, parameter_names
 from megatron.model.lora import is_update
-from megatron.model.spec import LowRank, ModelSpec, WidthScaling
+from megatron.model.soft_prompt import SOFT_PROMPT_WEIGHT
+from megatron.model.spec import LowRank, ModelSpec, SoftPrompt, WidthScaling
 from megatron.model.width_scaling import UpdateRule, lr_factor
 from megatron.optim.build import build_optimizer
 from megatron.optim.parameter_groups import parameter_groups
@@ -115,6 +116,13 @@ def test_initial_values() -> None:
     for name, deviation in expected.items():
         found = float(model.get_parameter(f"{name}.weight").detach().std())
         assert found == pytest.approx(1.5 * deviation, rel=0.03), name
+
+
+def test_a_soft_prompt_begins_as_words_that_the_multipliers_have_seen() -> None:
+    spec = dataclasses.replace(SPEC, position="rotary", init_scale=1.5, soft_prompt=SoftPrompt(2, init_ids=(7, 0)))
+    named = dict(build_model(spec, seed=2).named_parameters())
+    words = named["embedding.word_embeddings.weight"][[7, 0]]
+    torch.testing.assert_close(named[SOFT_PROMPT_WEIGHT], 1.3 * words)
 
 
 def test_at_the_base_widths_nothing_but_attention_is_scaled() -> None:

@@ -14,7 +14,7 @@ import pytest
 from megatron.cli.width_scaling import run_in_place_of_training
 from megatron.common.errors import ConfigError
 from megatron.config import Config, load
-from megatron.model.spec import LowRank, ModelSpec, WidthScaling
+from megatron.model.spec import LowRank, ModelSpec, SoftPrompt, WidthScaling
 from megatron.model.width_scaling import UpdateRule
 from megatron.optim.build import build_optimizer
 from megatron.training import coordinate_check
@@ -101,7 +101,9 @@ def test_ladder(changes: dict[str, int], heads: int, kv_heads: int, widths: list
     spec = replace(
         SPEC, **{"hidden_size": 36, "num_layers": 9, "vocab_size": 5000, "padded_vocab_size": 5056, **changes}
     )  # type: ignore[arg-type]
-    rungs = ladder(spec, 2)
+    updates, prompt = LowRank(2, 2.0, ("dense",)), SoftPrompt(3)
+    rungs = ladder(replace(spec, lora=updates, soft_prompt=prompt), 2)
+    assert rungs == ladder(spec, 2)
     assert [rung.hidden_size for rung in rungs] == widths
     assert {(r.num_heads, r.num_kv_heads, r.num_layers, r.padded_vocab_size) for r in rungs} == {
         (heads, kv_heads, 4, 1024)
