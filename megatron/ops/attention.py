@@ -44,7 +44,8 @@ class Request:
 class Backend:
     """One way to compute attention, and its limits. `max_head_dim` None: any; `device_types` None: any.
 
-    is_installed: whether this machine has it. for_masks_only: no better than the next where nothing limits sight.
+    is_installed: whether this machine has its `package`. for_masks_only: no better than the next where nothing limits
+    sight.
     """
 
     name: str
@@ -60,14 +61,15 @@ class Backend:
     alibi: bool = True
     dropout: bool = True
     is_installed: Callable[[], bool] = lambda: True
+    package: str = ""
     for_masks_only: bool = False
 
     def lacks(self, request: Request) -> str | None:
         """Why this backend cannot serve the request, or None if it can."""
-        if not self.is_installed():
-            return "it is not installed"
         if self.device_types is not None and request.device_type not in self.device_types:
             return f"it does not run on {request.device_type}"
+        if not self.is_installed():
+            return f"{self.package} is not installed"
         if request.dtype not in self.dtypes:
             return f"it does not take {request.dtype}"
         if self.max_head_dim is not None and request.head_dim > self.max_head_dim:
@@ -186,7 +188,7 @@ _CUDA = frozenset({"cuda"})
 BACKENDS: dict[str, Backend] = {
     "flash": Backend(
         "flash", flash, dtypes=HALF, max_head_dim=256, device_types=_CUDA, mask=False, bias=False,
-        is_installed=has_flash,
+        is_installed=has_flash, package="flash-attn 2.4 or later (pip install flash-attn --no-build-isolation)",
     ),
     "flex": Backend(
         "flex", flex, dtypes=frozenset({*HALF, torch.float32}), max_head_dim=256, device_types=_CUDA, cache=False,

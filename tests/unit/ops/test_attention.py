@@ -283,6 +283,10 @@ def test_auto_says_once_what_it_took_and_what_it_passed_over(
     ("limits", "reason"),
     [
         ({"dtypes": module.HALF}, "does not take torch.float32"),
+        (
+            {"is_installed": lambda: False, "package": "fast (pip install it)"},
+            r"fast \(pip install it\) is not installed",
+        ),
         ({"device_types": frozenset({"cuda"})}, "does not run on cpu"),
         ({"gqa": False}, "does not share keys"),
         ({"cache": False}, "has no cache"),
