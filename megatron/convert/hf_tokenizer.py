@@ -67,9 +67,13 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, max_positions: int) -> N
         )
     for source, target in zip(sources, targets, strict=True):
         shutil.copyfile(source, folder / target)
-    if (sources[0].parent / _SETTINGS).is_file():
+    has_settings = (sources[0].parent / _SETTINGS).is_file()
+    if has_settings:
         # It was imported with its settings: they say more than we know.
         carry_files(sources[0].parent, folder)
+    if targets == ["tokenizer.json"]:
+        _write_merges_as_text(folder / "tokenizer.json")
+    if has_settings:
         return
     special: dict[str, str] = {}
     if tokenizer.eod_id is not None:
@@ -85,3 +89,16 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, max_positions: int) -> N
     }
     for name, values in (("tokenizer_config.json", config), ("special_tokens_map.json", special)):
         atomic_write_text(folder / name, json.dumps(values, indent=2) + "\n")
+
+
+def _write_merges_as_text(path: Path) -> None:
+    """Merges as "a b" and not ["a", "b"]: tokenizers before 0.20, of transformers before 4.45, know nothing else.
+
+    Later versions read both. Left as it is where a piece has a space in it, which text cannot tell apart.
+    """
+    values = read_json(path)
+    merges = values.get("model", {}).get("merges") or []
+    if not merges or not all(isinstance(pair, list) for pair in merges) or any(" " in "".join(pair) for pair in merges):
+        return
+    values["model"]["merges"] = [" ".join(pair) for pair in merges]
+    atomic_write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")

@@ -219,6 +219,13 @@ def test_the_tokenizer_comes_along(tmp_path: Path, tokenizer_json: Path, kind: s
     assert theirs.decode(ids) == text
     assert (theirs.eos_token_id, theirs.pad_token_id) == (tokenizer.eod_id, tokenizer.pad_id) == (0, 1)
     assert theirs.model_max_length == 40
+    if kind == "HFTokenizer":
+        merges, own = (
+            json.loads(path.read_text())["model"]["merges"] for path in (tmp_path / "hf/tokenizer.json", tokenizer_json)
+        )
+        # As versions before 4.45 read them.
+        assert merges
+        assert merges == [" ".join(pair) for pair in own]
     config = json.loads((tmp_path / "hf/config.json").read_text())
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (0, 0, 1)
     written = json.loads((tmp_path / "hf/tokenizer_config.json").read_text())
