@@ -288,6 +288,7 @@ def _model_sizes(config: Config) -> Sizes:
         ffn_size=model.ffn_size,
         seq_length=model.seq_length,
         micro_batch_size=config.batch.train_micro_batch_size_per_gpu,
+        num_virtual_tokens=config.tuning.num_virtual_tokens,
     )
 
 

@@ -31,6 +31,7 @@ class Sizes:
     ffn_size: int
     seq_length: int
     micro_batch_size: int
+    num_virtual_tokens: int = 0
 
 
 def scaled_down(sizes: Sizes, tp: int, pp: int, dp: int) -> dict[str, Any]:
@@ -47,6 +48,8 @@ def scaled_down(sizes: Sizes, tp: int, pp: int, dp: int) -> dict[str, Any]:
     whole_stages = max(pp, _LAYERS // pp * pp)
     layers = min(sizes.num_layers, whole_stages + sizes.num_layers % pp)
     seq_length = min(sizes.seq_length, max(tp, _SEQ_LENGTH // tp * tp))
+    # With the virtual tokens of a soft prompt, whose number stays, it divides over sequence-parallel ranks.
+    seq_length += -(seq_length + sizes.num_virtual_tokens) % tp if sizes.num_virtual_tokens else 0
     micro = min(sizes.micro_batch_size, _MICRO_BATCH)
     return {
         "num_layers": layers,
@@ -57,7 +60,7 @@ def scaled_down(sizes: Sizes, tp: int, pp: int, dp: int) -> dict[str, Any]:
         "expansion_factor": None,
         "mlp_multiple_of": ffn,
         "seq_length": seq_length,
-        "max_position_embeddings": seq_length,
+        "max_position_embeddings": seq_length + sizes.num_virtual_tokens,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": None,
         "train_batch_size": micro * dp * _ACCUMULATION,

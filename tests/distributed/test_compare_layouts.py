@@ -126,6 +126,7 @@ def test_two_layouts_are_needed() -> None:
         (Sizes(32, 4096, 32, 8, 11008, 4096, 1), 16, 1, 4),
         (Sizes(13, 768, 12, 1, 3072, 100, 7), 4, 3, 5),
         (Sizes(2, 16, 2, 2, 64, 8, 2), 2, 1, 2),
+        (Sizes(32, 4096, 32, 8, 11008, 4096, 1, num_virtual_tokens=21), 8, 1, 1),
     ],
 )
 def test_a_small_model_divides_as_the_large_one(sizes: Sizes, tp: int, pp: int, dp: int) -> None:
@@ -140,7 +141,9 @@ def test_a_small_model_divides_as_the_large_one(sizes: Sizes, tp: int, pp: int, 
     assert small["num_layers"] % pp == sizes.num_layers % pp
     assert pp <= small["num_layers"] <= sizes.num_layers
     assert small["intermediate_size"] % tp == 0
-    assert small["seq_length"] % tp == 0 or small["seq_length"] == sizes.seq_length
+    positions = small["max_position_embeddings"]
+    assert positions == small["seq_length"] + sizes.num_virtual_tokens
+    assert positions % tp == 0 or small["seq_length"] == sizes.seq_length
     assert small["train_batch_size"] % (small["train_micro_batch_size_per_gpu"] * dp) == 0
     assert small["hidden_size"] <= sizes.hidden_size
 

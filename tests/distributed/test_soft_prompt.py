@@ -22,6 +22,9 @@ FIVE = {"steps": 5, "eps": EPS}
 # 5 + 11 = 16 positions divide over two and four ranks; neither of the two does.
 ODD = {**FIVE, "seq_length": 11}
 RANDOM, WORDS = SoftPrompt(5, 0.3), SoftPrompt(5, init_ids=(7, 90, 7, 0, 33))
+SEQUENCE = {"task": "sequence_classification", "num_labels": 3}
+# As in test_label_heads: no biases.
+QUESTION = {"task": "question_answering", "num_labels": 2, "norm": "rmsnorm"}
 LORA = LowRank(2, 4.0, ("dense", "query_key_value"))
 
 CASES = {
@@ -46,6 +49,8 @@ CASES = {
     ),
     "dp2-pp2": Case(pp=2, dp=2, **ODD, spec={"soft_prompt": RANDOM, **BLOCKS["learned"]}),
     "tp2-dp2-lora": Case(tp=2, dp=2, **ODD, spec={"soft_prompt": WORDS, "lora": LORA}),
+    "pp2-sequence": Case(pp=2, **ODD, spec={"soft_prompt": RANDOM, **SEQUENCE}),
+    "dp2-answers": Case(dp=2, **ODD, spec={"soft_prompt": RANDOM, **QUESTION}),
     "tp2-labels": Case(
         tp=2, **ODD, is_masked=True, spec={"soft_prompt": WORDS, "task": "token_classification", "num_labels": 3}
     ),
@@ -66,13 +71,24 @@ def test_equals_one_process(ranks: Ranks, name: str) -> None:
         assert set(assemble(results, "exp_avg")) == {"soft_prompt.weight"}
 
 
-@pytest.mark.parametrize("layout", [{"tp": 2, "dp": 2}, {"pp": 2}, {"tp": 2, "zero_stage": 3}], ids=str)
-def test_half_precision_keeps_frozen_weights_to_the_bit(ranks: Ranks, layout: dict[str, int]) -> None:
-    case = Case(**layout, precision="bfloat16", steps=2, seq_length=11, spec={"soft_prompt": WORDS})
+@pytest.mark.parametrize(
+    ("precision", "layout"),
+    [
+        ("bfloat16", {"tp": 2, "dp": 2}),
+        ("bfloat16", {"pp": 2}),
+        ("bfloat16", {"tp": 2, "zero_stage": 3}),
+        ("fp16", {"dp": 2, "zero_stage": 2}),
+        pytest.param("fp16", {"tp": 2, "pp": 2}, marks=pytest.mark.full),
+    ],
+    ids=str,
+)
+def test_half_precision_keeps_frozen_weights_to_the_bit(ranks: Ranks, precision: str, layout: dict[str, int]) -> None:
+    case = Case(**layout, precision=precision, steps=2, seq_length=11, spec={"soft_prompt": WORDS})
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     after = assemble(ranks(train_case, case.world_size, case))
     initial = dict(build_model(tiny_spec(**case.spec), seed=case.seed).named_parameters())
     for name, tensor in after.items():
         if not case.is_trained(name):
-            torch.testing.assert_close(tensor, initial[name].detach().bfloat16().float(), rtol=0, atol=0)
+            torch.testing.assert_close(tensor, initial[name].detach().to(dtype).float(), rtol=0, atol=0)
         else:
             assert not torch.equal(tensor, initial[name].detach()), name
