@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from megatron.model.build import Transformer, build_model
+from megatron.model.soft_prompt import SoftPromptEmbedding
 from megatron.model.spec import ModelSpec, SoftPrompt, WidthScaling
 from megatron.parallel.process_groups import ProcessGroups
+from megatron.parallel.random_streams import seed_streams
 from megatron.parallel.topology import Topology
 from tests.unit.convert.small_models import small_model
 
@@ -59,18 +61,32 @@ def test_function_and_gradient(changes: dict[str, Any]) -> None:
     assert (expected - plain(tokens)).abs().max() > 0.1
 
 
-def test_dropout_is_that_of_embeddings() -> None:
+@pytest.mark.parametrize("position", ["rotary", "learned"])
+def test_dropout_is_that_of_embeddings(position: str) -> None:
     """A virtual token is dropped out as a word is, once."""
-    model = small_model(soft_prompt=SoftPrompt(400), max_positions=500, hidden_dropout=0.5)
+    changes: dict[str, Any] = {"position": position, "rotary_dims": 4 if position == "rotary" else 0}
+    model = small_model(soft_prompt=SoftPrompt(400), max_positions=500, hidden_dropout=0.5, **changes)
     with torch.no_grad():
         model.get_parameter("soft_prompt.weight").fill_(1.0)
-    tokens = torch.zeros(2, 50, dtype=torch.int64)
-    prompt, words = model.get_submodule("soft_prompt").train(), model.get_submodule("embedding.word_embeddings").train()
+    entered = torch.zeros(2, 50, dtype=torch.int64)
     torch.manual_seed(5)
-    entered = prompt(words(tokens))
+    for name, parameter in model.named_parameters():
+        if "position_embeddings" in name:
+            parameter.data.zero_()
+    layers = ["embedding.word_embeddings", "soft_prompt", "embedding.position_embeddings"]
+    for name in layers[: 3 if position == "learned" else 2]:
+        entered = model.get_submodule(name).train()(entered)
     assert set(entered[:, :400].unique().tolist()) == {0.0, 2.0}
     for part in (entered[:, :400], entered[:, 400:]):
         assert 0.45 < float((part == 0).float().mean()) < 0.55
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_ranks_drop_alike_what_they_share(sequence_parallel: bool) -> None:
+    groups = ProcessGroups(Topology(tp_size=2), 1, sequence_parallel=sequence_parallel)
+    stream = seed_streams(4, groups, torch.device("cpu"))
+    prompt = SoftPromptEmbedding(spec(soft_prompt=SoftPrompt(3), hidden_dropout=0.1), groups, stream)
+    assert prompt.dropout.stream is (stream if sequence_parallel else None)
 
 
 def spec(**changes: Any) -> ModelSpec:
