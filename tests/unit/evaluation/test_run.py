@@ -17,6 +17,7 @@ import torch
 from megatron.evaluation import results as result_views
 from megatron.evaluation.run import evaluate_tasks, load_tasks
 from megatron.model.build import Transformer
+from megatron.model.spec import SoftPrompt
 from megatron.parallel.process_groups import ProcessGroups
 from megatron.parallel.topology import Topology
 from tests.unit.evaluation import cases, tiny
@@ -120,6 +121,17 @@ def test_loaded_tasks_serve_again_and_again(
         results = evaluate_tasks(model, tokenizer, chosen, batch_size=3, is_quiet=True)
         assert results is not None
         assert results["results"]["stdlib_perplexity"] == alone["results"]["stdlib_perplexity"]
+
+
+def test_a_soft_prompt_takes_positions_from_the_text(
+    alone: dict[str, Any], tokenizer_file: Path, data_dir: Path
+) -> None:
+    model = tiny.model(prompt=SoftPrompt(9))
+    tuned = evaluate(model, tokenizer_file, data_dir)
+    assert tuned["config"]["max_length"] == tiny.MAX_POSITIONS - 9
+    assert tuned["results"] != alone["results"]
+    plain = evaluate(tiny.model(), tokenizer_file, data_dir, max_length=tiny.MAX_POSITIONS - 9)
+    assert tuned["results"] != plain["results"]
 
 
 def test_max_length_bounds_the_rows(alone: dict[str, Any], tokenizer_file: Path, data_dir: Path) -> None:

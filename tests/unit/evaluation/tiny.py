@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from megatron.model.build import Transformer, build_model
-from megatron.model.spec import ModelSpec
+from megatron.model.spec import ModelSpec, SoftPrompt
 from megatron.parallel.init import fill_from
 from megatron.parallel.process_groups import ProcessGroups
 from megatron.tokenizer.base import Tokenizer
@@ -48,7 +48,9 @@ def tokenizer(path: Path) -> Tokenizer:
     return make_tokenizer("HFTokenizer", str(path))
 
 
-def model(groups: ProcessGroups | None = None, *, tied: bool = False, dropout: float = 0.0) -> Transformer:
+def model(
+    groups: ProcessGroups | None = None, *, tied: bool = False, dropout: float = 0.0, prompt: SoftPrompt | None = None
+) -> Transformer:
     """A GPT-NeoX with large random weights, so that scores differ clearly; its vocabulary is padded from 300 to 384."""
     spec = ModelSpec(
         num_layers=2,
@@ -63,6 +65,7 @@ def model(groups: ProcessGroups | None = None, *, tied: bool = False, dropout: f
         residual="parallel",
         tied_head=tied,
         hidden_dropout=dropout,
+        soft_prompt=prompt,
     )
     groups = groups or ProcessGroups.single()
     built = build_model(spec, groups)
