@@ -7,6 +7,8 @@ or validate (megatron.training). Invariant: every method is collective over all 
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -108,7 +110,8 @@ class TrainEngine:
                     layer.compile(dynamic=False)
         mpu = None
         if not self.is_staged and groups.tp_size > 1:
-            mpu = PipelineParallelGrid(topology=deepspeed_topology(groups.topology))
+            with contextlib.redirect_stdout(io.StringIO()):  # it prints its own view of the layout, which we have told
+                mpu = PipelineParallelGrid(topology=deepspeed_topology(groups.topology))
         num_parameters = sum(parameter.numel() for _, parameter in public_names(self.module))
         config = deepspeed_config(options, groups, num_parameters)
         divide = zero_3_division(config, options.dtype, mpu) if self.is_fully_sharded else None
