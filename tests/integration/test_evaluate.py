@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,8 @@ from typing import Any
 import pytest
 
 from megatron.cli.evaluate import main
-from megatron.common.errors import CheckpointError, ConfigError, DataError, MegatronError
+from megatron.common.errors import CheckpointError, ConfigError, DataError, MegatronError, Stopped
+from megatron.model.build import Transformer
 from tests.unit.convert.small_models import save_model
 from tests.unit.evaluation import tiny
 
@@ -115,6 +118,25 @@ def test_missing_data_is_said_before_the_model_is_loaded(run: Path) -> None:
     assert "prepare_data.py stdlib" in done.stderr
     assert "Traceback" not in done.stderr
     assert "global_step5" not in done.stdout
+
+
+def test_a_signal_ends_it_after_the_batch_and_nothing_is_written(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    forward, calls = Transformer.forward, list[int]()
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(Transformer, "forward", watched)
+    with pytest.raises(Stopped) as stop:
+        main(["run.yml", "--eval_tasks", "stdlib_completion"])
+    assert (stop.value.exit_code, len(calls)) == (143, 2)
+    assert not list(run.glob("*eval_results*"))
+    assert capfd.readouterr().err.count("SIGTERM: stopping after this batch; there will be no results") == 1
 
 
 def test_another_tokenizer_than_in_training_is_refused(run: Path) -> None:
