@@ -18,7 +18,7 @@ import yaml
 
 from megatron.common.errors import ConfigError
 from megatron.config.draft import one_line
-from megatron.config.syntax_hints import explain, explain_bytes
+from megatron.config.syntax_hints import explain, explain_bytes, mended
 
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _INT = re.compile(r"[-+]?(0|[1-9][0-9_]*)$")
@@ -31,6 +31,8 @@ _BOOLS = {
 _OCTAL = re.compile(r"[-+]?0[0-9_]+$")
 # More than any configuration has; `*name` inside `*name` inside ... would make billions.
 MAX_VALUES, MAX_DEPTH = 100_000, 50
+# Slips of one file that are mended to read on.
+MAX_SLIPS = 20
 _SPECIAL = {".inf": math.inf, "+.inf": math.inf, "-.inf": -math.inf, ".nan": math.nan}
 
 
@@ -75,12 +77,7 @@ def parse_source(name: str, text: str) -> Source:
     source = Source(name, text)
     # A JSON file may be indented with tabs, which YAML forbids; inside JSON strings raw tabs cannot occur.
     body = text.replace("\t", " ") if name.endswith(".json") else text
-    try:
-        root = yaml.compose(body, Loader=_LOADER)
-    except yaml.YAMLError as error:
-        raise ConfigError(explain(name, body, error)) from error
-    except RecursionError as error:
-        raise ConfigError(f"{name}: {_TOO_DEEP}") from error
+    root = _compose(name, body, source.problems)
     if root is None:
         return source
     if not isinstance(root, yaml.MappingNode):
@@ -95,6 +92,26 @@ def parse_source(name: str, text: str) -> Source:
     values = _Builder(source).mapping(root, "")
     source.values.update(values)
     return source
+
+
+def _compose(name: str, body: str, problems: list[str]) -> yaml.Node | None:
+    """PyYAML's tree. A slip whose mending is sure is noted in `problems`, and what stands behind it is read on.
+
+    Raises: ConfigError with these and the error that ends it.
+    """
+    while True:
+        try:
+            root: yaml.Node | None = yaml.compose(body, Loader=_LOADER)
+        except RecursionError as error:
+            raise ConfigError("\n".join([*problems, f"{name}: {_TOO_DEEP}"])) from error
+        except yaml.YAMLError as error:
+            problems.append(explain(name, body, error))
+            changed = mended(body, error)
+            if changed is None or len(problems) > MAX_SLIPS:
+                raise ConfigError("\n".join(problems)) from error
+            body = changed
+        else:
+            return root
 
 
 def parse_value(text: str, where: str = "command line") -> Any:

@@ -17,6 +17,13 @@ _CONFLICT = re.compile(r"^(<{7}|={7}|>{7})( |$)")
 _COLON_IN_VALUE = re.compile(r"""^\s*["']?[\w-]+["']?:\s+[^"'\[{#][^#]*:(\s|$)""")
 
 
+# Hints that say exactly what to write.
+_TAB = "The line holds a tab; indent with spaces."
+_COMMENT = "Comments begin with #."
+_NO_COLON = "Write `key: value`, with a colon."
+_NO_SPACE_THERE = "A space is missing after the colon."
+_NO_COMMA = "A comma is missing at the end of this line"
+
 # What files of other kinds begin with.
 _OTHER_KINDS = {
     b"\x1f\x8b": "a gzip file. Unpack it",
@@ -40,6 +47,33 @@ def odd_characters(text: str) -> str:
     """The characters of a key that look like others or like nothing: `U+200B ZERO WIDTH SPACE`."""
     odd = dict.fromkeys(letter for letter in text if ord(letter) > 126)
     return ", ".join(f"U+{ord(letter):04X} {unicodedata.name(letter, '')}".rstrip() for letter in odd)
+
+
+def mended(text: str, error: yaml.YAMLError) -> str | None:
+    """The text as the hint of `explain` would have it, to find what else is wrong; None where that is not sure."""
+    mark = getattr(error, "problem_mark", None)
+    lines = text.splitlines() or [""]
+    if mark is None or isinstance(error, yaml.reader.ReaderError):
+        return None
+    number, hint = _hint(lines, min(mark.line + 1, len(lines)), error)
+    line = lines[number - 1]
+    content = _content(line)
+    if hint == _TAB:
+        # Whoever indents with tabs does so everywhere: told once.
+        lines = [re.sub(r"^\s+", lambda indent: indent[0].replace("\t", "  "), each) for each in lines]
+        return "\n".join(lines)
+    if hint == _NO_COLON:
+        line = line.replace("=", ": ", 1)
+    elif hint == _NO_SPACE_THERE:
+        line = re.sub(r":(?=\S)", ": ", line, count=1)
+    elif hint == _COMMENT:
+        line = re.sub(r"(^|\s)//.*|/\*.*?\*/", "", line)
+    elif hint.startswith(_NO_COMMA):
+        line = content.rstrip() + ","
+    if line == lines[number - 1]:
+        return None
+    lines[number - 1] = line
+    return "\n".join(lines)
 
 
 def explain(name: str, text: str, error: yaml.YAMLError) -> str:
@@ -98,7 +132,7 @@ def _hint(lines: list[str], number: int, error: yaml.YAMLError) -> tuple[int, st
         unclosed = _unclosed(lines)
         if unclosed and number >= len(lines):
             return unclosed, "The bracket that begins here is not closed."
-        return before, "A comma is missing at the end of this line, or a bracket above it is not closed."
+        return before, f"{_NO_COMMA}, or a bracket above it is not closed."
     if "node content" in words and re.search(r",\s*,", _content(line)):
         return number, "A comma is too many."
     if "node content" in words and _unclosed(lines):
@@ -117,13 +151,13 @@ def _hint_of_line(line: str) -> str:
     if odd := odd_characters(re.sub(r"\"[^\"]*\"|'[^']*'", "", re.sub(r"[^\W_a-zA-Z0-9]", "", content))):
         return f"The line holds {odd}: write plain spaces, quotes and colons."
     if "\t" in line[: len(line) - len(line.lstrip())]:
-        return "The line holds a tab; indent with spaces."
+        return _TAB
     if re.search(r"(^|\s)(//|/\*)", line):
-        return "Comments begin with #."
+        return _COMMENT
     if _EQUALS.match(content):
-        return "Write `key: value`, with a colon."
+        return _NO_COLON
     if _NO_SPACE.match(content):
-        return "A space is missing after the colon."
+        return _NO_SPACE_THERE
     if content.rstrip().endswith(";") or "; " in content:
         return "Write one `key: value` per line, without semicolons."
     if _COLON_IN_VALUE.match(content):

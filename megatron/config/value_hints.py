@@ -94,6 +94,8 @@ def _number(text: str) -> str:
     if match:
         scaled = float(match[1]) * _SUFFIXES[match[2].lower()]
         return f"Write {int(scaled) if scaled.is_integer() else scaled}."
+    if re.search(r"\s(//|/\*|;)", text):
+        return "Comments begin with #."
     if text.endswith(","):
         return "Remove the comma: lines outside of braces end without."
     if re.fullmatch(r"[0-9]+,[0-9]+", text) and not re.fullmatch(r"[0-9]{1,3},[0-9]{3}", text):

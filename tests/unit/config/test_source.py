@@ -100,7 +100,7 @@ def test_any_json_reads_as_json_does(content: dict[str, object]) -> None:
         ("- 1\n- 2\n", "my.yml:1: holds a list"),
         ("hello", "my.yml:1: holds a single value"),
         ("a: [1, 2\nb: 3\n", "my.yml:1: not valid YAML"),
-        ("a:\n\tb: 1\n", "The line holds a tab"),
+        ("a:\n\tb: 1\n- c\n", "The line holds a tab"),
     ],
 )
 def test_what_is_not_a_mapping_is_refused_with_its_line(text: str, expected: str) -> None:

@@ -67,6 +67,7 @@ MISTAKES = [
     ("train_batch_size: auto\n", '6: train_batch_size = "auto" must be a whole number. Runs are not tuned by trial'),
     ("fp16: {enabled: auto}\n", '6: fp16.enabled = "auto" must be true or false. Other programs fill it in.'),
     ("seed: 3,\n", '6: seed = "3," must be a whole number. Remove the comma: lines outside of braces end without.'),
+    ("seed: 3 // mine\n", '6: seed = "3 // mine" must be a whole number. Comments begin with #.'),
     ("min_lr: 0,0001\n", '6: min_lr = "0,0001" must be a number. Write 0.0001.'),
     ("launcher: torchrun\n", "It starts train.py itself, without deepy.py (docs/clusters.md). Remove the key."),
     ("hostfile: /no/such\n", "6: hostfile = /no/such cannot be read (No such file or directory). Write a line `host"),
@@ -109,6 +110,24 @@ def test_a_file_of_another_kind_is_told_once(write: Write, text: str, message: s
     found = messages(path)
     assert len(found) == 1
     assert found[0].startswith(f"{path}{message}")
+
+
+def test_slips_of_syntax_do_not_hide_what_stands_behind_them(write: Write) -> None:
+    text = BASE + "fp16:\n\tenabled: true\nlog_interval:5\nwarmup = 0.1\nseed: 3 // mine\nsplt: 1,2,3\nmin_lr: 1k\n"
+    path = write("my.yml", text)
+    found = messages(path)
+    assert [line.removeprefix(f"{path}:").partition(":")[0] for line in found] == ["7", "8", "9", "10", "11", "12"]
+    braces = (
+        '{\n "num_layers": 2\n "hidden_size": 64\n "norm": "rmsnrm",\n "num_attention_heads": 4\n "seq_length": 32\n}'
+    )
+    found = messages(write("b.yml", braces))
+    assert [line.partition("b.yml:")[2][0] for line in found] == ["2", "3", "4", "5"]
+    assert "rmsnorm" in found[2]
+    # What is not sure ends it, once.
+    found = messages(write("c.yml", braces[:-1]))
+    assert [line.partition("c.yml:")[2][0] for line in found] == ["2", "3", "1"]
+    tabs = write("d.yml", BASE + "optimizer:\n\ttype: Adam\n\tparams:\n\t\tlr: fast\n")
+    assert [line.partition("d.yml:")[2][0] for line in messages(tabs)] == ["7", "9"]
 
 
 @pytest.mark.parametrize(
