@@ -114,6 +114,15 @@ def rank_arguments(folder: Path) -> dict[str, Any]:
     return arguments if isinstance(arguments, dict) else {}
 
 
+def vocabulary_rows(folder: Path) -> int:
+    """Rows of the embedding, those of padding included."""
+    name = "word_embeddings.weight"
+    held = [rank.read(0) for rank in _ranks(folder) if 0 in rank.numbers()]
+    if not held or not all(name in state for state in held):
+        raise CheckpointError(f"{folder} holds no {name} in its layer 0, so it is no GPT-NeoX model")
+    return sum(len(state[name]) for state in held)
+
+
 def has_own_head(folder: Path, spec: ModelSpec) -> bool:
     """Whether the output head has a matrix of its own there, and is not the embedding."""
     rank, layer = _ranks(folder)[0], spec.num_layers + 4

@@ -20,9 +20,9 @@ from megatron.convert.family import FREE_FIELDS
 from megatron.convert.foreign import AnyReader, ForeignReader
 from megatron.convert.hf_folder import CONFIG
 from megatron.convert.import_hf import HFSource
-from megatron.convert.neox_files import find_neox_folder, has_own_head, open_neox, rank_arguments
+from megatron.convert.neox_files import find_neox_folder, has_own_head, open_neox, rank_arguments, vocabulary_rows
 from megatron.convert.neox_layers import GroupedLayout
-from megatron.convert.setup import require_same_model
+from megatron.convert.setup import own_model, require_same_model
 from megatron.model.spec import ModelSpec
 from megatron.model.width_scaling import by_width_keys
 
@@ -45,7 +45,12 @@ def _open_foreign(
     may_lack_head = may_lack_head and spec is not None and spec.task != "causal_lm"
     if not (folder / CONFIG).is_file():
         if spec is None:
-            raise CheckpointError(f"{folder} is a GPT-NeoX checkpoint, which does not say its model: give its YAML too")
+            spec = own_model(folder, vocabulary_rows(folder))
+        if spec is None:
+            raise CheckpointError(
+                f"{folder} is a GPT-NeoX checkpoint, which does not say its model (no YAML in its configs folder): "
+                "give its YAML too"
+            )
         if may_lack_head:
             spec = _language_model(spec, tied_head=not has_own_head(folder, spec), head_bias=False)
         described = require_same_model(folder, spec, rank_arguments(folder))
@@ -103,7 +108,7 @@ def open_weights(
 ) -> AnyReader:
     """As `megatron.checkpoint.open_checkpoint`, for foreign folders too.
 
-    spec: the architecture that the configuration states; a foreign folder does not state it itself. grouped: as in
+    spec: the architecture that the configuration states; None: as the folder says itself. grouped: as in
     `open_neox`. may_lack_head: of a spec with a head of labels, take a foreign language model too.
     Raises: CheckpointError on every rank, as above, or if a foreign folder has no `spec` or does not fit it.
     """

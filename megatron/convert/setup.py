@@ -46,7 +46,8 @@ def require_same_model(folder: Path, spec: ModelSpec, of_rank_file: Mapping[str,
     ]
     files = own_files(folder)
     names = ", ".join(str(path) for path in files)
-    theirs = _spec_of(files, spec, names)
+    defaults = {"seq_length": spec.max_positions}
+    theirs = _spec_of(files, defaults, spec.vocab_size, spec.padded_vocab_size, names)
     if theirs is not None:
         saved, mine = (
             {key: value for key, (value, _) in architecture_keys(one).items() if key not in _FREE}
@@ -70,6 +71,15 @@ def require_same_model(folder: Path, spec: ModelSpec, of_rank_file: Mapping[str,
     return f", as {names} describes it" if theirs is not None else ""
 
 
+def own_model(folder: Path, vocab_rows: int) -> ModelSpec | None:
+    """The model that the checkpoint's own YAML files describe, with all its rows of vocabulary; None without files.
+
+    Raises: CheckpointError if they describe no model that is known here.
+    """
+    files = own_files(folder)
+    return _spec_of(files, {}, vocab_rows, vocab_rows, ", ".join(str(path) for path in files))
+
+
 def _called(key: str, saved: Mapping[str, Any], mine: Mapping[str, Any]) -> str:
     """The key that a user would set."""
     if key == "activation" and {saved[key], mine[key]} in ({"gelu", "gelu_tanh"}, {"geglu", "geglu_tanh"}):
@@ -77,8 +87,10 @@ def _called(key: str, saved: Mapping[str, Any], mine: Mapping[str, Any]) -> str:
     return key
 
 
-def _spec_of(files: list[Path], mine: ModelSpec, names: str) -> ModelSpec | None:
-    """The model that the files describe, with the vocabulary of `mine`; None where there are none."""
+def _spec_of(
+    files: list[Path], defaults: Mapping[str, Any], vocab_size: int, padded_vocab_size: int, names: str
+) -> ModelSpec | None:
+    """The model that the files describe, but for its vocabulary; None where they describe none."""
     if not files:
         return None
     try:
@@ -90,9 +102,8 @@ def _spec_of(files: list[Path], mine: ModelSpec, names: str) -> ModelSpec | None
         }
         if "num_layers" not in known:
             return None
-        of_this = {"vocab_size": mine.vocab_size, "padded_vocab_size": mine.padded_vocab_size}
-        defaults = {"seq_length": mine.max_positions, "train_micro_batch_size_per_gpu": 1}
-        return model_spec(load([], {**defaults, **known, **of_this}, planning=True))
+        given = {"vocab_size": vocab_size, "padded_vocab_size": padded_vocab_size, "train_micro_batch_size_per_gpu": 1}
+        return model_spec(load([], {**defaults, **known, **given}, planning=True))
     except ConfigError as error:
         raise CheckpointError(
             f"{names}, the checkpoint's own configuration, describes no model of here: {error}"

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megatron.checkpoint import open_checkpoint
+from megatron.cli.convert_neox_to_hf import main as convert_neox_to_hf
 from megatron.cli.export_to_gpt_neox import main as export_to_gpt_neox
 from megatron.cli.generate import main as generate
 from megatron.common.errors import CheckpointError
@@ -109,6 +110,16 @@ def test_generation_and_conversion(ranks: Ranks, tmp_path: Path, monkeypatch: py
     assert export_to_gpt_neox([*common, "--output_dir", str(tmp_path / "merged"), "--no-pipeline"]) == 0
     assert [path.name for path in (tmp_path / "merged" / "global_step4").glob("*.pt")] == ["mp_rank_00_model_states.pt"]
     assert (tmp_path / "merged" / "global_step4" / "configs" / "native.yml").is_file()
+    # That folder says itself what it is.
+    own = ["--input_dir", str(tmp_path / "merged")]
+    assert export_to_gpt_neox([*own, "--output_dir", str(tmp_path / "divided"), "--tp", "2"]) == 0
+    for rank in range(2):
+        name = f"global_step4/layer_02-model_{rank:02d}-model_states.pt"
+        again, first = (torch.load(folder / name) for folder in (tmp_path / "divided", upstream))
+        assert again.keys() == first.keys()
+        assert all(torch.equal(again[key], first[key]) for key in first)
+    hf = ["--output_dir", str(tmp_path / "hf"), "--precision", "fp32", "--no_save_tokenizer"]
+    assert convert_neox_to_hf([*own, *hf]) == 0
     with pytest.raises(CheckpointError, match="does not say its model"):
         export_to_gpt_neox(["--input_dir", str(upstream), "--output_dir", str(tmp_path / "else")])
     assert not (tmp_path / "else").exists()

@@ -81,6 +81,33 @@ QUICK = (
     *("neox", "gpt2", "gptj", "starcoder", "llama-3", "mistral", "qwen2-window", "qwen3"),
     *("gemma", "falcon-40b", "opt"),
 )
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        pytest.param(name, dtype, marks=[] if name in QUICK and (dtype == torch.bfloat16) else [pytest.mark.full])
+        for name in MODELS
+        for dtype in (torch.bfloat16, torch.float16)
+    ],
+)
+def test_half_precision_there_and_back(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    """What is stored in half precision stays what it is, and computes in fp32 as transformers does."""
+    theirs = make(name, tmp_path / "hf", dtype)
+    imported = import_folder(tmp_path / "hf", tmp_path / "native")
+    assert imported.check.rounding == 0.0
+    reader = Reader(tmp_path / "native/global_step0")
+    ours = load_model(reader)
+    tokens = torch.randint(VOCAB, (2, 30), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        logits, expected = ours.logits(ours(tokens)), theirs(tokens).logits
+    assert (logits - expected).abs().max() < TOLERANCE * max(1.0, float(expected.abs().max()))
+    export_checkpoint(reader, tmp_path / "back", "stored")
+    before, after = tensors(tmp_path / "hf"), tensors(tmp_path / "back")
+    assert set(before) == set(after)
+    assert all(torch.equal(before[key], after[key]) and after[key].dtype == dtype for key in before)
+
+
 LAYOUTS = ({"tp": 2, "pp": 2}, {"tp": 2}, {"pp": 2})
 
 
