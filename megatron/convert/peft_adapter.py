@@ -10,7 +10,6 @@ Source: the file names and keys of PEFT 0.7 to 0.21.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,8 @@ from megatron.convert.family import Family
 from megatron.convert.foreign import AnyReader
 from megatron.convert.publish import new_folder, require_free
 from megatron.convert.recipes import Group
+from megatron.convert.soft_prompt import without_prompt
+from megatron.convert.width_scaling import folded
 from megatron.model.soft_prompt import SOFT_PROMPT_WEIGHT
 from megatron.model.spec import ModelSpec
 
@@ -83,12 +84,15 @@ def export_prompt(
             "updates with tools/ckpts/merge_lora.py first; then export that model with --without-soft-prompt, and the "
             "prompt, made for it, with --adapter."
         )
-    family = choose_family(reader, dataclasses.replace(spec, soft_prompt=None), model_type)
+    # The head, and who computes the model, are those of what is exported without the prompt.
+    plain = folded(without_prompt(reader, is_asked=True))
+    plain_spec = ModelSpec.from_dict(plain.state["model_spec"])
+    family = choose_family(plain, plain_spec, model_type)
     require_free(output, "--output_dir")
     prompt = reader.read(SOFT_PROMPT_WEIGHT, dtype=dtype)
     _write(
         output,
-        {"prompt_embeddings": prompt, **_head(reader, spec, family, dtype, "base_model")},
+        {"prompt_embeddings": prompt, **_head(plain, plain_spec, family, dtype, "base_model")},
         {
             "peft_type": "PROMPT_TUNING",
             "task_type": _TASK_TYPES[spec.task],

@@ -20,7 +20,7 @@ from megatron.convert.peft_adapter import export_adapter, export_prompt
 from megatron.inference.decode import DecodeSettings, decode
 from megatron.inference.load import load_model
 from megatron.model.build import Transformer, build_model
-from megatron.model.spec import LowRank, SoftPrompt
+from megatron.model.spec import LowRank, SoftPrompt, WidthScaling
 from tests.parity.hf_models import MODELS, VOCAB, make
 from tests.parity.test_task_heads import QUESTION, SEQUENCE, TOKENS, make_with_head
 from tests.unit.convert.small_models import save_model, small_model
@@ -119,6 +119,26 @@ def test_no_exporter_drops_a_prompt_in_silence(tmp_path: Path, capsys: pytest.Ca
     save_model(tmp_path / "plain", small_model())
     with pytest.raises(CheckpointError, match="no low-rank updates and no soft prompt"):
         convert(["--input_dir", str(tmp_path / "plain"), "--output_dir", str(tmp_path / "x"), "--adapter"])
+
+
+@pytest.mark.parametrize("task", ["causal_lm", "token_classification"])
+def test_a_prompt_for_a_model_with_folded_multipliers(tmp_path: Path, task: str) -> None:
+    import transformers
+    from peft import PeftModel
+
+    labels = {} if task == "causal_lm" else {"task": task, "num_labels": 3, "head_bias": True}
+    mup = WidthScaling(12, 40, 2, 2, 6, embedding_mult=1.4, position_mult=0.7)
+    model = small_model(soft_prompt=SoftPrompt(4), mup=mup, **labels)
+    save_model(tmp_path / "tuned", model)
+    source = ["--input_dir", str(tmp_path / "tuned"), "--output_dir"]
+    base = [*source, str(tmp_path / "hf"), "--precision", "fp32", "--no_save_tokenizer", "--without-soft-prompt"]
+    assert convert(base) == convert([*source, str(tmp_path / "adapter"), "--adapter"]) == 0
+    kind = "CausalLM" if task == "causal_lm" else "TokenClassification"
+    theirs = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(tmp_path / "hf")
+    tuned = PeftModel.from_pretrained(theirs, str(tmp_path / "adapter")).eval()
+    tokens = torch.randint(0, 61, (2, 19), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        torch.testing.assert_close(model.logits(model(tokens)), tuned(tokens).logits[:, 4:], rtol=1e-4, atol=1e-5)
 
 
 def test_low_rank_updates_are_merged_first(tmp_path: Path) -> None:
