@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron.model.build import build_model
-from megatron.model.spec import LowRank, SoftPrompt
+from megatron.model.spec import LowRank, SoftPrompt, WidthScaling
 from tests.distributed.cells import BLOCKS, EPS
 from tests.distributed.differences import differences
 from tests.distributed.layout_cases import Case, assemble, tiny_spec, train_case
@@ -25,6 +25,7 @@ RANDOM, WORDS = SoftPrompt(5, 0.3), SoftPrompt(5, init_ids=(7, 90, 7, 0, 33))
 SEQUENCE = {"task": "sequence_classification", "num_labels": 3}
 # As in test_label_heads: no biases.
 QUESTION = {"task": "question_answering", "num_labels": 2, "norm": "rmsnorm"}
+MUP = WidthScaling(8, 10, num_heads=2, num_kv_heads=2, head_dim=4, embedding_mult=1.5)
 LORA = LowRank(2, 4.0, ("dense", "query_key_value"))
 
 CASES = {
@@ -51,6 +52,7 @@ CASES = {
     "tp2-dp2-lora": Case(tp=2, dp=2, **ODD, spec={"soft_prompt": WORDS, "lora": LORA}),
     "pp2-sequence": Case(pp=2, **ODD, spec={"soft_prompt": RANDOM, **SEQUENCE}),
     "dp2-answers": Case(dp=2, **ODD, spec={"soft_prompt": RANDOM, **QUESTION}),
+    "tp2-pp2-mup": Case(tp=2, pp=2, **ODD, spec={"soft_prompt": RANDOM, "mup": MUP, "tied_head": True}),
     "tp2-labels": Case(
         tp=2, **ODD, is_masked=True, spec={"soft_prompt": WORDS, "task": "token_classification", "num_labels": 3}
     ),

@@ -157,8 +157,13 @@ def _decode_on_a_rank(world_size: int, root: str) -> list[list[int]]:
     return [completion.ids for completion in greedily + drawn]
 
 
-def test_tensor_parallel_ranks_write_the_same_text(tmp_path: Path, ranks: Callable[..., list[Any]]) -> None:
-    model = small_model(padded_vocab_size=63)  # 63 rows do not divide: the padding follows the reader's layout
+@pytest.mark.parametrize("prompt", [None, SoftPrompt(5)])
+def test_tensor_parallel_ranks_write_the_same_text(
+    tmp_path: Path, ranks: Callable[..., list[Any]], prompt: SoftPrompt | None
+) -> None:
+    model = small_model(
+        padded_vocab_size=63, soft_prompt=prompt
+    )  # 63 rows do not divide: the padding follows the reader's layout
     save_model(tmp_path, model, tp_size=1)
     expected = decode(model, PROMPTS, DecodeSettings(max_new_tokens=10))
     expected += decode(model, PROMPTS, DecodeSettings(max_new_tokens=10, sampling=Sampling(temperature=1.0)))

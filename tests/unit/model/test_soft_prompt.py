@@ -111,8 +111,11 @@ def test_the_start_is_the_same_on_every_rank(prompt: SoftPrompt) -> None:
         assert not torch.equal(build_model(spec(soft_prompt=prompt), seed=5).get_parameter("soft_prompt.weight"), start)
 
 
-def test_words_are_scaled_as_the_model_scales_them() -> None:
-    scaled = build_model(spec(soft_prompt=SoftPrompt(2, init_ids=(5, 6)), embedding_scale=3.0), seed=4)
+@pytest.mark.parametrize(
+    "changes", [{"embedding_scale": 3.0}, {"mup": WidthScaling(6, 12, 1, 1, 6, embedding_mult=2.0)}]
+)
+def test_words_are_scaled_as_the_model_scales_them(changes: dict[str, Any]) -> None:
+    scaled = build_model(spec(soft_prompt=SoftPrompt(2, init_ids=(5, 6)), **changes), seed=4)
     tokens = torch.tensor([[5, 6]])
     entered = scaled.get_submodule("soft_prompt")(scaled.get_submodule("embedding.word_embeddings")(tokens))
     assert torch.equal(entered[:, :2], entered[:, 2:])
