@@ -111,7 +111,7 @@ def export_checkpoint(
             _check_tokenizer(temporary, tokenizer)
         check = check_logits(reader, spec, family, temporary, dtype, scratch=temporary)
     needs = needed_versions(family.model_type, family.as_expressed(spec))
-    return Exported(output, family.architecture, tensor_bytes, check, needs)
+    return Exported(output, config["architectures"][0], tensor_bytes, check, needs)
 
 
 def config_json(

@@ -82,11 +82,12 @@ def test_heads_there_and_back(tmp_path: Path, name: str, kind: str) -> None:
         term = label_loss(hidden, *arguments, labels, mask, None)
     torch.testing.assert_close(logits, expected.detach(), rtol=1e-5, atol=2e-5)
     torch.testing.assert_close((term.sum / term.count).detach(), output.loss.detach(), rtol=1e-5, atol=1e-5)
-    export_checkpoint(reader, tmp_path / "back", "stored")
+    exported = export_checkpoint(reader, tmp_path / "back", "stored")
     first, second = HFWeights(tmp_path / "hf"), HFWeights(tmp_path / "back")
     assert set(first.names()) == set(second.names())
     assert all(torch.equal(first.read(one), second.read(one)) for one in first.names())
-    assert json.loads((tmp_path / "back/config.json").read_text())["architectures"][0].endswith(kind)
+    assert json.loads((tmp_path / "back/config.json").read_text())["architectures"] == [exported.architecture]
+    assert exported.architecture.endswith(kind)
     assert f"task: {imported.spec.task}" in imported.config.read_text()
 
 
