@@ -118,6 +118,8 @@ def _hint(lines: list[str], number: int, error: yaml.YAMLError) -> tuple[int, st
                 return at, hint
     if "document start" in words and number > 1:
         return number, "The brackets above it are all closed: move it in front of the last one, or remove it."
+    if "escape" in words:
+        return number, "A backslash in double quotes begins an escape. Use single quotes."
     if "another document" in words:
         return number, "A file holds one document. Remove this `---`, or split the file."
     if "alias" in words:

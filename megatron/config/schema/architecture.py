@@ -57,7 +57,7 @@ class RopeScalingBlock(Block):
 class ModelSection(Section):
     """The architecture."""
 
-    num_layers: Int = key(None, "Transformer blocks. Required.", gt=0)
+    num_layers: Int = key(None, "Transformer blocks. Required.", gt=0, le=10_000)
     task: Literal["causal_lm", "sequence_classification", "token_classification", "question_answering"] = key(
         "causal_lm",
         "What the head predicts: the next token; a label for the sequence, from its last token; a label for every "

@@ -101,7 +101,15 @@ def _spell(value: Any, choices: tuple[str, ...]) -> Any:
 
 
 # Other names of the same thing; applied only where the field is a choice.
-ALIASES = {"bf16": "bfloat16", "float16": "fp16", "half": "fp16", "bfp16": "bf16", "float32": "fp32", "adamw": "adam"}
+ALIASES = {
+    "bf16": "bfloat16",
+    "float16": "fp16",
+    "half": "fp16",
+    "bfp16": "bf16",
+    "float32": "fp32",
+    "adamw": "adam",
+    "rope": "rotary",
+}
 
 Int = Annotated[int, BeforeValidator(_whole), BeforeValidator(_refuse_bool("a whole number"))]
 Float = Annotated[float, BeforeValidator(_refuse_bool("a number"))]

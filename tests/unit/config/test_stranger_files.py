@@ -67,6 +67,10 @@ MISTAKES = [
     ("train_batch_size: auto\n", '6: train_batch_size = "auto" must be a whole number. Runs are not tuned by trial'),
     ("fp16: {enabled: auto}\n", '6: fp16.enabled = "auto" must be true or false. Other programs fill it in.'),
     ("seed: 3,\n", '6: seed = "3," must be a whole number. Remove the comma: lines outside of braces end without.'),
+    (
+        'vocab_file: "C:\\data"\n',
+        "6: not valid YAML: found unknown escape character. A backslash in double quotes begins",
+    ),
     ("seed: 3 // mine\n", '6: seed = "3 // mine" must be a whole number. Comments begin with #.'),
     ("min_lr: 0,0001\n", '6: min_lr = "0,0001" must be a number. Write 0.0001.'),
     ("launcher: torchrun\n", "It starts train.py itself, without deepy.py (docs/clusters.md). Remove the key."),
@@ -167,7 +171,13 @@ def test_every_other_name_leads_to_a_key() -> None:
             assert inner in block.model_fields
 
 
+def test_sizes_that_no_machine_has_are_refused_at_once(write: Write) -> None:
+    path = write("my.yml", BASE.replace("num_layers: 2", "num_layers: 100000000"))
+    assert messages(path) == [f"{path}:1: num_layers = 100000000 must be at most 10000."]
+
+
 def test_old_spellings_and_empty_values_load(write: Write) -> None:
+    assert load([write("rope.yml", BASE + "pos_emb: rope\n")], devices=1).model.pos_emb == "rotary"
     text = BASE + 'save: out\nsave-interval: 100\nload: ""\nzero_optimization: {stage: null, overlap_comm: true}\n'
     config = load([write("my.yml", text + "optimizer: {type: null, params: {lr: 3e-4, eps: null}}\n")], devices=1)
     assert config.checkpoint.checkpoint_factor == 100
