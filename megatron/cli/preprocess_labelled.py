@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,6 +43,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prefix = options.output_prefix
     print(f"For your YAML:\n  task: {options.task}\n  pack_impl: unpacked")
     if totals.labels:
-        print(f"  num_labels: {len(totals.labels)}  # {', '.join(totals.labels)}")
+        print(f"  label_names: {json.dumps(totals.labels, ensure_ascii=False)}")
     print(f'  train_data_paths: ["{prefix}_text_document"]\n  train_label_data_paths: ["{prefix}_label_document"]')
     return 0

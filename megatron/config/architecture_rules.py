@@ -28,14 +28,24 @@ def check_heads(draft: Draft) -> None:
 
 def check_task(draft: Draft) -> None:
     """A head of labels needs their number, and data that has labels."""
-    task, labels = draft["task"], draft["num_labels"]
+    task, labels, names = draft["task"], draft["num_labels"], draft["label_names"]
     needs_number = task in ("sequence_classification", "token_classification")
     if needs_number and labels is None:
         draft.problem(
-            "task", f"task = {task} needs num_labels. preprocess_labelled.py prints it: set it to that number."
+            "task",
+            f"task = {task} needs label_names, or num_labels. preprocess_labelled.py prints them: set them to that.",
         )
-    if not needs_number and labels is not None:
-        draft.problem("num_labels", f"num_labels does nothing with task = {task} ({draft.place('task')}). Remove it.")
+    for key, value in (("num_labels", labels), ("label_names", names)):
+        if not needs_number and value is not None:
+            draft.problem(key, f"{key} does nothing with task = {task} ({draft.place('task')}). Remove it.")
+    if names is not None and len(names) != labels:
+        draft.problem(
+            "label_names",
+            f"label_names are {len(names)}, num_labels is {labels} ({draft.place('num_labels')}). Remove num_labels, "
+            "or name every label.",
+        )
+    elif names is not None and (twice := sorted({name for name in names if names.count(name) > 1})):
+        draft.problem("label_names", f"label_names has {', '.join(twice)} more than once. Each label has its own name.")
     if task == "causal_lm" or draft.inference:
         return
     if draft["train_label_data_paths"] is None:

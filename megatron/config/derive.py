@@ -126,6 +126,8 @@ def derive_model(draft: Draft) -> None:
         plain = draft["norm"].removeprefix("te_")
         draft.warn("norm", f"norm = {draft['norm']} is computed as {plain}, the same function on PyTorch's kernels")
         draft.values["norm"] = plain
+    if draft["label_names"] and len(draft["label_names"]) > 1:
+        draft.derive("num_labels", len(draft["label_names"]), "label_names")
     draft.derive("num_kv_heads", draft["num_attention_heads"], "num_attention_heads")
     draft.derive("use_bias_in_qkv", draft["use_bias_in_attn_linear"], "use_bias_in_attn_linear")
     if not {"hidden_size", "num_attention_heads"} & draft.failed:

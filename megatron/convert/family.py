@@ -99,7 +99,12 @@ class Family:
             if name.endswith(ending):
                 labels = 2 if task == "question_answering" else len(config.get("id2label") or ()) or 2
                 return replace(
-                    spec, task=cast(Task, task), num_labels=labels, tied_head=False, head_bias=_HAS_BIAS[task]
+                    spec,
+                    task=cast(Task, task),
+                    num_labels=labels,
+                    label_names=() if task == "question_answering" else _given_names(config),
+                    tied_head=False,
+                    head_bias=_HAS_BIAS[task],
                 )
         return spec
 
@@ -114,7 +119,7 @@ class Family:
     def _label_keys(self, spec: ModelSpec) -> dict[str, Any]:
         if spec.task == "causal_lm":
             return {}
-        names = [f"LABEL_{number}" for number in range(spec.num_labels)]
+        names = spec.label_names or _unnamed(spec.num_labels)
         return {
             "id2label": {str(number): name for number, name in enumerate(names)},
             "label2id": {name: number for number, name in enumerate(names)},
@@ -250,3 +255,15 @@ def grouped_projection(spec: ModelSpec, theirs: str, ours: str) -> list[Group]:
         return pair(theirs, f"{ours}.query_key_value", bias=bias)
     recipe = grouped(spec.num_heads, spec.num_kv_heads, spec.head_dim)
     return joint([theirs], [f"{ours}.query", f"{ours}.key_value"], recipe, bias=bias)
+
+
+def _unnamed(num_labels: int) -> tuple[str, ...]:
+    """What transformers calls labels that nobody named."""
+    return tuple(f"LABEL_{number}" for number in range(num_labels))
+
+
+def _given_names(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names in config.json, in the order of their numbers; none where they are transformers' own."""
+    by_number = {int(number): str(name) for number, name in (config.get("id2label") or {}).items()}
+    names = tuple(by_number[number] for number in sorted(by_number))
+    return () if names == _unnamed(len(names)) else names

@@ -62,13 +62,14 @@ def _open_foreign(
     if may_lack_head and spec is not None and theirs.task == "causal_lm":
         spec = _language_model(spec, tied_head=theirs.tied_head, head_bias=theirs.head_bias)
     if spec is not None:
-        _require_same(folder, spec, theirs)
+        spec = replace(spec, label_names=spec.label_names or theirs.label_names)
+        _require_same(folder, spec, theirs if theirs.label_names else replace(theirs, label_names=spec.label_names))
     return ForeignReader(folder, spec or theirs, source.read, what="Hugging Face model", origin=source.origin)
 
 
 def _language_model(spec: ModelSpec, *, tied_head: bool, head_bias: bool) -> ModelSpec:
     """What a model with a head of labels starts from; with such a head, the spec says no more whether it was tied."""
-    return replace(spec, task="causal_lm", num_labels=0, tied_head=tied_head, head_bias=head_bias)
+    return replace(spec, task="causal_lm", num_labels=0, label_names=(), tied_head=tied_head, head_bias=head_bias)
 
 
 def _require_same(folder: Path, spec: ModelSpec, theirs: ModelSpec) -> None:

@@ -47,6 +47,7 @@ def architecture_keys(spec: ModelSpec) -> dict[str, tuple[Any, str]]:
         "use_bias_in_head": (spec.head_bias and spec.task == "causal_lm", "bias on the output head"),
         "task": (spec.task if spec.task != "causal_lm" else "", "what the head predicts"),
         "num_labels": (spec.num_labels if spec.task.endswith("classification") else 0, "its outputs"),
+        "label_names": (list(spec.label_names), "what they stand for"),
         "norm_zero_centered": (spec.norm_offset, "norms multiply with 1 + weight"),
         "use_qk_layernorm": (spec.qk_norm, "queries and keys are normalised"),
         "scale_embeddings": (spec.embedding_scale != 1.0, "embeddings times the root of hidden_size"),

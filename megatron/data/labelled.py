@@ -102,8 +102,46 @@ def preprocess_labelled(job: LabelledJob, tokenizer: Coder) -> LabelledTotals:
         if not totals.documents:
             raise DataError(f"{files[0]}: no document with a label in {len(files)} file(s): nothing written")
     about = {"task": job.task, "labels": names, "seq_length": job.seq_length}
-    atomic_write_text(Path(f"{job.output_prefix}_labels.json"), json.dumps(about, indent=1) + "\n")
+    atomic_write_text(_names_file(f"{job.output_prefix}_label_document"), json.dumps(about, indent=1) + "\n")
     return totals
+
+
+def _names_file(label_prefix: str) -> Path:
+    return Path(f"{label_prefix.removesuffix('_label_document')}_labels.json")
+
+
+def require_label_names(
+    label_prefixes: Sequence[str], names: Sequence[str], task: str, whose: str = "label_names"
+) -> None:
+    """All of this labelled data means the same by its numbers, and what `names` says, where it says anything.
+
+    whose: who says so, for the message. Label files without their `_labels.json` (made by another program) are taken as they are.
+    Raises: DataError that names the two that differ.
+    """
+    known = (whose, list(names)) if names else None
+    for prefix in label_prefixes:
+        file = _names_file(prefix)
+        if not file.exists():
+            continue
+        try:
+            about = json.loads(file.read_text())
+            there, made_for = about["labels"], about["task"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{file} is not what preprocess_labelled.py writes: {error}. Write the data anew."
+            ) from error
+        if made_for != task:
+            raise DataError(f"{prefix} was written for task = {made_for}, the configuration says {task}.")
+        if known is not None and known[1] != there:
+            raise DataError(
+                f"{prefix}: its labels are {_shown(there)} ({file}), those of {known[0]} {_shown(known[1])}: the same "
+                "number would mean two things. Write the data anew with --labels and the names in one order for all."
+            )
+        known = known or (prefix, there)
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(f"{number} {name}" for number, name in enumerate(names[:8])) + (", ..." if len(names) > 8 else "")
 
 
 def _records(files: Sequence[Path]) -> Iterator[tuple[str, dict[str, Any]]]:

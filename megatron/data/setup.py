@@ -5,6 +5,7 @@ from __future__ import annotations
 from megatron.common.errors import DataError
 from megatron.config import Config
 from megatron.data.assembly import Datasets, SampleRules, blend_many, split_one
+from megatron.data.labelled import require_label_names
 from megatron.data.splits import SPLIT_NAMES, samples_needed
 
 __all__ = ["Datasets", "build_datasets"]
@@ -23,6 +24,9 @@ def build_datasets(config: Config) -> Datasets:
     needed = samples_needed(
         training.train_iters or 0, config.batch.train_batch_size, training.eval_interval, training.eval_iters
     )
+    if config.model.task != "causal_lm":
+        prefixes = [p for name in SPLIT_NAMES for p in getattr(data, f"{name}_label_data_paths") or ()]
+        require_label_names(prefixes, config.model.label_names or (), config.model.task)
     if data.train_data_paths is not None:
         parts = [
             blend_many(

@@ -16,6 +16,7 @@ from megatron.config import Config
 from megatron.convert.foreign import AnyReader
 from megatron.convert.open import require_weights
 from megatron.data.indexed import IndexedDataset
+from megatron.data.labelled import require_label_names
 from megatron.data.token_dataset import open_labels
 from megatron.engine.modules import LossModule
 from megatron.engine.train_engine import TrainEngine
@@ -63,6 +64,9 @@ def evaluate_from_config(config: Config, signals: StopSignals) -> int:
             config.checkpoint.upstream_gqa_layout,
             opened.append,
         )
+        label_prefixes = [str(labels.prefix) for _, labels in labelled.values()]
+        for known, whose in ((model.spec.label_names, "the checkpoint"), (config.model.label_names, "label_names")):
+            require_label_names(label_prefixes, known or (), config.model.task, whose)
         reader = opened[0]
         info = {
             "checkpoint": str(reader.folder),

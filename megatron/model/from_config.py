@@ -64,6 +64,7 @@ def model_spec(config: Config, prompt_ids: tuple[int, ...] = ()) -> ModelSpec:
         head_bias=_HEAD_BIAS.get(model.task, model.use_bias_in_head),
         task=model.task,
         num_labels=2 if model.task == "question_answering" else model.num_labels or 0,
+        label_names=tuple(model.label_names or ()),
         qk_norm=model.use_qk_layernorm,
         window=model.sliding_window_width,
         window_layers=None if model.sliding_window_layers is None else tuple(sorted(model.sliding_window_layers)),

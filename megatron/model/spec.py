@@ -117,6 +117,7 @@ class ModelSpec:
         (None: in all).
     task, num_labels: causal_lm predicts the next token; the others have a head of num_labels outputs of its own:
         for the last token of a sequence, for every token, or for the start and the end of an answer.
+    label_names: what the outputs of the head stand for, in their order; empty where nobody said.
     lora: low-rank updates beside the weights, or None.
     soft_prompt: virtual tokens before every sequence, or None.
     embedding_scale: what the word embeddings are multiplied with (scale_embeddings: sqrt(H), with mup the base's H).
@@ -163,6 +164,7 @@ class ModelSpec:
     lora: LowRank | None = None
     task: Task = "causal_lm"
     num_labels: int = 0
+    label_names: tuple[str, ...] = ()
     mup: WidthScaling | None = None
     init_scale: float = 1.0
     soft_prompt: SoftPrompt | None = None
@@ -254,8 +256,9 @@ class ModelSpec:
         if isinstance(values.get("soft_prompt"), dict):
             prompt = values["soft_prompt"]
             values["soft_prompt"] = SoftPrompt(**{**prompt, "init_ids": tuple(prompt["init_ids"])})
-        if values.get("window_layers") is not None:
-            values["window_layers"] = tuple(values["window_layers"])
+        for name in ("window_layers", "label_names"):
+            if values.get(name) is not None:
+                values[name] = tuple(values[name])
         return cls(**values)
 
 

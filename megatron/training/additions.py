@@ -19,7 +19,7 @@ from megatron.model.soft_prompt import SOFT_PROMPT_WEIGHT
 from megatron.model.spec import ModelSpec
 
 # What a head for labels changes of the language model that it is put on.
-_HEAD_FIELDS = ("task", "num_labels", "tied_head", "head_bias")
+_HEAD_FIELDS = ("task", "num_labels", "label_names", "tied_head", "head_bias")
 
 
 def is_added(reader: AnyReader, spec: ModelSpec, name: str) -> bool:
@@ -53,6 +53,9 @@ def agreed_fields(reader: AnyReader, saved: dict[str, Any], mine: dict[str, Any]
         mine["soft_prompt"] = saved.get("soft_prompt")
     if weights_only and saved.get("lora") is None:
         mine["lora"] = None
+    if not (saved.get("label_names") and mine["label_names"]):
+        # One of the two does not say what the labels stand for.
+        mine["label_names"] = saved.get("label_names")
     if weights_only and saved.get("task") == "causal_lm":
         for name in _HEAD_FIELDS:
             mine[name] = saved.get(name)

@@ -15,7 +15,7 @@ from megatron.checkpoint import open_checkpoint
 from megatron.cli.evaluate import main as evaluate
 from megatron.cli.generate import main as generate
 from megatron.cli.preprocess_labelled import main as preprocess
-from megatron.common.errors import ConfigError
+from megatron.common.errors import ConfigError, DataError
 from megatron.config import load
 from megatron.convert.export import export_checkpoint
 from megatron.convert.neox_export import export_neox
@@ -53,18 +53,19 @@ def _records(task: str, count: int, seed: int) -> list[dict[str, Any]]:
     return records
 
 
-def _prepare(folder: Path, task: str) -> dict[str, Any]:
-    """The data of a task, and the keys that name it."""
+def _prepare(folder: Path, task: str, names: str = "high,low") -> dict[str, Any]:
+    """The data of a task, and the keys that name it. names: of the labels, in order."""
     keys: dict[str, Any] = {"task": task, "pack_impl": "unpacked"}
     for part, count, seed in (("train", 200, 1), ("valid", 40, 2), ("test", 50, 3)):
         source = folder / f"{part}.jsonl"
         source.write_text("".join(json.dumps(record) + "\n" for record in _records(task, count, seed)))
         arguments = ["--task", task, "--input", str(source), "--output-prefix", str(folder / part)]
+        arguments += [] if task == "question_answering" else ["--labels", names]
         preprocess([*arguments, "--seq-length", "9", "--tokenizer-type", "CharLevelTokenizer"])
         keys[f"{part}_data_paths"] = [str(folder / f"{part}_text_document")]
         keys[f"{part}_label_data_paths"] = [str(folder / f"{part}_label_document")]
     if task != "question_answering":
-        keys["num_labels"] = 2
+        keys["label_names"] = names.split(",")
     return keys
 
 
@@ -101,6 +102,29 @@ def test_a_task_is_learnt_and_scored(
     assert results["n-samples"][prefix]["effective"] == (150 if task == "token_classification" else 50)
     with pytest.raises(ConfigError, match="predicts labels, not text"):
         generate([str(config)])
+    if task == "sequence_classification":
+        _check_names(ranks, tmp_path, keys)
+
+
+def _check_names(ranks: Ranks, folder: Path, keys: dict[str, Any]) -> None:
+    """What the labels stand for travels with the model, and cannot be exchanged in silence."""
+    export_checkpoint(open_checkpoint(folder / "tuned"), folder / "exported", "fp32")
+    published = json.loads((folder / "exported" / "config.json").read_text())
+    assert published["id2label"] == {"0": "high", "1": "low"}
+    assert published["label2id"] == {"high": 0, "low": 1}
+    exchanged = {**keys, "label_names": ["low", "high"]}
+    config = write_config(folder, "exchanged", **exchanged, load=str(folder / "tuned"), save=None)
+    with pytest.raises(DataError, match="those of label_names 0 low, 1 high"):
+        evaluate([str(config)])
+    # Data of another order, in the place of the old.
+    exchanged = {**_prepare(folder, "sequence_classification", "low,high"), "data_path": None, "split": None}
+    config = write_config(folder, "on", **exchanged, load=str(folder / "tuned"), train_iters=102, **CHECKED)
+    with pytest.raises(RankFailure, match=r"label_names: checkpoint \('high', 'low'\), config \('low', 'high'\)"):
+        ranks(train_run, 1, str(config))
+    unnamed = {key: value for key, value in exchanged.items() if key != "label_names"} | {"num_labels": 2}
+    config = write_config(folder, "other", **unnamed, load=str(folder / "tuned"), save=None)
+    with pytest.raises(DataError, match=r"its labels are 0 low, 1 high .*the same number would mean two things"):
+        evaluate([str(config)])
 
 
 @pytest.mark.parametrize("is_untied", [False, True])
@@ -124,9 +148,12 @@ def test_foreign_language_models_are_given_the_head(ranks: Ranks, tmp_path: Path
 def test_mistakes(ranks: Ranks, tmp_path: Path) -> None:
     keys = {**_prepare(tmp_path, "sequence_classification"), "data_path": None, "split": None, "train_iters": 2}
     wrong: list[tuple[dict[str, Any], str]] = [
-        ({"num_labels": None}, "needs num_labels"),
+        ({"label_names": None}, "needs label_names, or num_labels"),
+        ({"label_names": ["low", "high"]}, "the same number would mean two things"),
+        ({"num_labels": 3}, "label_names are 2, num_labels is 3"),
+        ({"label_names": ["low", "low"]}, "has low more than once"),
         ({"pack_impl": "packed"}, "needs one document per sequence"),
-        ({"task": "causal_lm"}, "num_labels does nothing"),
+        ({"task": "causal_lm"}, "label_names does nothing"),
         ({f"{part}_label_data_paths": None for part in ("train", "valid", "test")}, "learns from labels"),
     ]
     for number, (changes, message) in enumerate(wrong):
@@ -137,5 +164,9 @@ def test_mistakes(ranks: Ranks, tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in high))
     arguments = ["--task", "sequence_classification", "--input", str(tmp_path / "train.jsonl"), "--seq-length", "9"]
     preprocess([*arguments, "--output-prefix", str(tmp_path / "train"), "--tokenizer-type", "CharLevelTokenizer"])
+    with pytest.raises(RankFailure, match="its labels are 0 0, 1 1, 2 2, 3 3, 4 4"):
+        ranks(train_run, 1, str(write_config(tmp_path, "high", **keys)))
+    # Data of another program has no file of names.
+    (tmp_path / "train_labels.json").unlink()
     with pytest.raises(RankFailure, match="has label 4; num_labels = 2"):
         ranks(train_run, 1, str(write_config(tmp_path, "high", **keys)))

@@ -32,7 +32,7 @@ def make_with_head(name: str, kind: str, folder: Path, num_labels: int = 3) -> A
     import transformers
 
     model_type, keys = MODELS[name]
-    labels = {} if kind == QUESTION else {"num_labels": num_labels}
+    labels = {} if kind == QUESTION else {"id2label": dict(enumerate(["yes", "no", "either"][:num_labels]))}
     config = transformers.AutoConfig.for_model(model_type, **keys, **labels)
     if kind == TOKENS:
         config.classifier_dropout = 0.0
@@ -88,6 +88,9 @@ def test_heads_there_and_back(tmp_path: Path, name: str, kind: str) -> None:
     assert all(torch.equal(first.read(one), second.read(one)) for one in first.names())
     assert json.loads((tmp_path / "back/config.json").read_text())["architectures"] == [exported.architecture]
     assert exported.architecture.endswith(kind)
+    if kind != QUESTION:
+        there, back = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("hf", "back"))
+        assert back["id2label"] == there["id2label"] == {"0": "yes", "1": "no", "2": "either"}
     assert f"task: {imported.spec.task}" in imported.config.read_text()
 
 

@@ -65,7 +65,18 @@ class ModelSection(Section):
         "tools/datasets/preprocess_labelled.py.",
         ours=True,
     )
-    num_labels: Int | None = key(None, "Labels of sequence_classification and token_classification.", ours=True, gt=1)
+    num_labels: Int | None = key(
+        None,
+        "Labels of sequence_classification and token_classification. Unset: as many as label_names has.",
+        ours=True,
+        gt=1,
+    )
+    label_names: list[str] | None = key(
+        None,
+        "What the labels stand for, in the order of their numbers: compared with those of the data and of the "
+        "checkpoint, and exported.",
+        ours=True,
+    )
     hidden_size: Int = key(None, "Width of the residual stream. Required; a multiple of num_attention_heads.", gt=0)
     num_attention_heads: Int = key(None, "Query heads. Required; a multiple of model_parallel_size.", gt=0)
     head_dim: Int = key(None, "Width of one head. Unset: hidden_size / num_attention_heads.", gt=0, ours=True)

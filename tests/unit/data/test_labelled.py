@@ -98,5 +98,5 @@ def test_the_command_prints_the_lines_of_the_config(tmp_path: Path, capsys: pyte
     assert main(arguments) == 0
     said = capsys.readouterr().out
     assert "2 documents" in said
-    assert "num_labels: 2  # x, y" in said
+    assert 'label_names: ["x", "y"]' in said
     np.testing.assert_array_equal(IndexedDataset(tmp_path / "new" / "p_label_document").sizes, [2, 2])
