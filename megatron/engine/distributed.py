@@ -7,11 +7,15 @@ rendezvous variables are set.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import itertools
 import logging
 import os
 import socket
+import time
 import warnings
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -26,6 +30,8 @@ from megatron.common.errors import LaunchError
 from megatron.ops.allocator import keep_freed_memory
 
 _QUIET = logging.WARNING
+# How often a rank asks whether it is its turn; of many ranks each asks less often, to spare the one that answers.
+_TURN_POLL_S, _TURN_POLL_S_PER_RANK, _LONGEST_TURN_POLL_S = 0.02, 0.001, 1.0
 
 # torch 2.13 renames collectives; DeepSpeed and torch 2.11 know the old names only.
 warnings.filterwarnings("ignore", r".*torch\.distributed\.\w+` is deprecated", FutureWarning)
@@ -74,6 +80,28 @@ def stop_distributed() -> None:
     """Leave the job; silent where there is none."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+_turns = itertools.count()
+
+
+@contextlib.contextmanager
+def main_rank_first() -> Iterator[None]:
+    """Rank 0 of the job does the block before the others do; also when it fails in it. Collective.
+
+    Not a barrier: who is asked to stop leaves it at once, and nobody waits for one that has left.
+    """
+    key = f"megatron/turn/{next(_turns)}"
+    store = dist.distributed_c10d._get_default_store()  # type: ignore[attr-defined]
+    is_main = dist.get_rank() == 0
+    pause_s = min(_LONGEST_TURN_POLL_S, _TURN_POLL_S + _TURN_POLL_S_PER_RANK * dist.get_world_size())
+    while not is_main and not store.check([key]):
+        time.sleep(pause_s)
+    try:
+        yield
+    finally:
+        if is_main:
+            store.set(key, "done")
 
 
 def veto_cpp_communication() -> None:

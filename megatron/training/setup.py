@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron.checkpoint import Retention, local_folder, location
 from megatron.common.errors import ConfigError, DataError
@@ -24,7 +23,7 @@ from megatron.data.assembly import Datasets
 from megatron.data.loader import BatchLoader
 from megatron.data.setup import build_datasets
 from megatron.data.token_dataset import TokenDataset
-from megatron.engine.distributed import start_distributed
+from megatron.engine.distributed import main_rank_first, start_distributed
 from megatron.engine.replicas import ReplicaCheck
 from megatron.engine.setup import engine_options, topology
 from megatron.engine.statistics import Statistics, StatisticsOptions
@@ -93,7 +92,9 @@ def _build(config: Config, asked: Callable[[], int], device: torch.device) -> Ru
     )
     tokenizer = build_tokenizer(config.tokenizer)
     _check_vocabulary(config, tokenizer)
-    datasets = _open_datasets(config, groups)
+    # So that index files are built once, and then mapped.
+    with main_rank_first():
+        datasets = build_datasets(config)
     if config.training.train_epochs is not None:
         config = config.with_train_iters(len(datasets.train or ()) // config.batch.train_batch_size)
     plan = run_plan(config)
@@ -347,17 +348,6 @@ def describe(config: Config) -> str:
         f"{batch.train_micro_batch_size_per_gpu} x {batch.gradient_accumulation_steps} micro-batches x "
         f"{config.parallel.data_parallel_size} replicas"
     )
-
-
-def _open_datasets(config: Config, groups: ProcessGroups) -> Datasets:
-    """The data sets of the run. Rank 0 of the job goes first, so that index files are built once and then mapped."""
-    if not groups.is_main:
-        dist.barrier()
-    try:
-        return build_datasets(config)
-    finally:
-        if groups.is_main:
-            dist.barrier()
 
 
 def _loaders(
