@@ -43,6 +43,9 @@ def test_processes_that_ask_at_once_build_once(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     with context.Pool(3) as pool:
         assert pool.map(ask, [str(tmp_path)] * 3, chunksize=1) == [13.0] * 3
+        # Else the workers are killed, and with bad luck what they share stays in /dev/shm.
+        pool.close()
+        pool.join()
     assert len(list(tmp_path.glob("built-*"))) == 1
 
 
