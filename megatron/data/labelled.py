@@ -115,7 +115,8 @@ def require_label_names(
 ) -> None:
     """All of this labelled data means the same by its numbers, and what `names` says, where it says anything.
 
-    whose: who says so, for the message. Label files without their `_labels.json` (made by another program) are taken as they are.
+    whose: who says so, for the message. Label files without their `_labels.json` (made by another program) are taken as
+    they are.
     Raises: DataError that names the two that differ.
     """
     known = (whose, list(names)) if names else None

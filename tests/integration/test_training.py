@@ -107,17 +107,19 @@ def test_changed_data_or_model_is_refused_with_the_difference(ranks: Ranks, tmp_
     assert tuned["start"] == 0
 
 
-def test_optimizer_states_on_the_cpu_change_last_bits_at_most(ranks: Ranks, tmp_path: Path) -> None:
+def test_optimizer_states_on_the_cpu_change_nothing(ranks: Ranks, tmp_path: Path) -> None:
     for stage in (1, 2, 3):
         block: dict[str, Any] = {"stage": stage}
         kept = ranks(train_run, 2, str(write_config(tmp_path, f"kept{stage}", zero_optimization=block)))
         block = {**block, "offload_optimizer": {"device": "cpu"}}
         away = ranks(train_run, 2, str(write_config(tmp_path, f"away{stage}", zero_optimization=block)))
-        # Offloading sums the gradient norm in another order, at stages 1 and 2 with some versions of torch only.
+        # Stage 3 with offload reduces gradients in another order. At stages 1 and 2 nothing changes with the pinned torch;
+        # with 2.11 losses differed by one unit in the last place, for a reason not looked into.
+        is_exact = stage < 3 and torch.__version__ >= (2, 13)
         for there, here in zip(away, kept, strict=True):
-            assert there["losses"] == pytest.approx(here["losses"], rel=1e-6, abs=0.0)
+            assert there["losses"] == pytest.approx(here["losses"], rel=0.0 if is_exact else 1e-6, abs=0.0)
         there, here = checkpoint_tensors(tmp_path / f"away{stage}"), checkpoint_tensors(tmp_path / f"kept{stage}")
-        torch.testing.assert_close(there, here, rtol=0.0, atol=5e-6)
+        torch.testing.assert_close(there, here, rtol=0.0, atol=0.0 if is_exact else 5e-6)
 
 
 def test_epochs_decide_the_number_of_steps(ranks: Ranks, tmp_path: Path) -> None:
