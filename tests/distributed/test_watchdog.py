@@ -42,8 +42,8 @@ def test_a_rank_that_hangs_is_named_and_all_exit_7(ranks: Ranks, how: str, rank:
 def test_a_stopped_rank_is_named_by_the_others(ranks: Ranks, rank: int) -> None:
     named = rf"rank {rank} \(on .*\) does not answer, last seen at 'step 1'"
     if rank == 0:
-        # The pool's store is a file under a lock. A rank stopped while it holds that lock would silence the store for all:
-        # not seen happening, but the other words were seen once, on a loaded machine.
+        # The pool's store is a file under a lock. A rank stopped while it holds that lock would silence the store for
+        # all: not seen happening, but the other words were seen once, on a loaded machine.
         named += "|the rendezvous store, which rank 0's process .* does not answer either"
     with pytest.raises(RankFailure, match=named) as caught:
         ranks(hang, 3, TIMEOUT_S, rank, "stopped", timeout=60)

@@ -113,8 +113,8 @@ def test_optimizer_states_on_the_cpu_change_nothing(ranks: Ranks, tmp_path: Path
         kept = ranks(train_run, 2, str(write_config(tmp_path, f"kept{stage}", zero_optimization=block)))
         block = {**block, "offload_optimizer": {"device": "cpu"}}
         away = ranks(train_run, 2, str(write_config(tmp_path, f"away{stage}", zero_optimization=block)))
-        # Stage 3 with offload reduces gradients in another order. At stages 1 and 2 nothing changes with the pinned torch;
-        # with 2.11 losses differed by one unit in the last place, for a reason not looked into.
+        # Stage 3 with offload reduces gradients in another order. At stages 1 and 2 nothing changes with the pinned
+        # torch; with 2.11 losses differed by one unit in the last place, for a reason not looked into.
         is_exact = stage < 3 and torch.__version__ >= (2, 13)
         for there, here in zip(away, kept, strict=True):
             assert there["losses"] == pytest.approx(here["losses"], rel=0.0 if is_exact else 1e-6, abs=0.0)
