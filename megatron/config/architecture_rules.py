@@ -30,7 +30,7 @@ def check_task(draft: Draft) -> None:
     """A head of labels needs their number, and data that has labels."""
     task, labels, names = draft["task"], draft["num_labels"], draft["label_names"]
     needs_number = task in ("sequence_classification", "token_classification")
-    if needs_number and labels is None:
+    if needs_number and labels is None and names is None:
         draft.problem(
             "task",
             f"task = {task} needs label_names, or num_labels. preprocess_labelled.py prints them: set them to that.",
@@ -38,7 +38,9 @@ def check_task(draft: Draft) -> None:
     for key, value in (("num_labels", labels), ("label_names", names)):
         if not needs_number and value is not None:
             draft.problem(key, f"{key} does nothing with task = {task} ({draft.place('task')}). Remove it.")
-    if names is not None and len(names) != labels:
+    if names is not None and len(names) < 2:
+        draft.problem("label_names", f"label_names has {len(names)} of the two or more that a classification needs.")
+    elif names is not None and len(names) != labels:
         draft.problem(
             "label_names",
             f"label_names are {len(names)}, num_labels is {labels} ({draft.place('num_labels')}). Remove num_labels, "

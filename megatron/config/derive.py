@@ -126,14 +126,18 @@ def derive_model(draft: Draft) -> None:
         plain = draft["norm"].removeprefix("te_")
         draft.warn("norm", f"norm = {draft['norm']} is computed as {plain}, the same function on PyTorch's kernels")
         draft.values["norm"] = plain
-    if draft["label_names"] and len(draft["label_names"]) > 1:
-        draft.derive("num_labels", len(draft["label_names"]), "label_names")
     draft.derive("num_kv_heads", draft["num_attention_heads"], "num_attention_heads")
     draft.derive("use_bias_in_qkv", draft["use_bias_in_attn_linear"], "use_bias_in_attn_linear")
     if not {"hidden_size", "num_attention_heads"} & draft.failed:
         draft.derive("head_dim", draft["hidden_size"] // draft["num_attention_heads"], "hidden_size")
     if draft["max_position_embeddings"] is None:
         draft.derive("max_position_embeddings", draft["seq_length"], "seq_length")
+
+
+def derive_labels(draft: Draft) -> None:
+    """As many labels as there are names."""
+    if names := draft["label_names"]:
+        draft.derive("num_labels", len(names), "label_names")
 
 
 def derive_ffn(draft: Draft) -> None:
@@ -321,6 +325,7 @@ DERIVATIONS = (
     (derive_precision, ()),
     (derive_zero, ("zero_stage",)),
     (derive_model, ("num_kv_heads", "max_position_embeddings")),
+    (derive_labels, ("num_labels",)),
     (derive_ffn, ("ffn_size",)),
     (derive_attention, ()),
     (derive_base_shapes, ("mup_base_shapes",)),
